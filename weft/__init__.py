@@ -1,0 +1,79 @@
+"""Weft: both passes of a neural network are yours to choose, on PyTorch, each choice with its paper's claim as a check.
+
+Importing this package imports neither torch nor numpy: everything is loaded when it is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from weft import data, models, rules, stages, testing
+    from weft.claim import Check, check_claims, claim
+    from weft.compare import compare
+    from weft.errors import DataError, NonFinite, StageError, Unsupported, UsageError, WeftError
+    from weft.fit import fit
+    from weft.measure import measure
+    from weft.method import card, create, method, methods
+    from weft.papers import papers
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "Check": "weft.claim",
+    "DataError": "weft.errors",
+    "NonFinite": "weft.errors",
+    "StageError": "weft.errors",
+    "Unsupported": "weft.errors",
+    "UsageError": "weft.errors",
+    "WeftError": "weft.errors",
+    "card": "weft.method",
+    "check_claims": "weft.claim",
+    "claim": "weft.claim",
+    "compare": "weft.compare",
+    "create": "weft.method",
+    "fit": "weft.fit",
+    "measure": "weft.measure",
+    "method": "weft.method",
+    "methods": "weft.method",
+    "papers": "weft.papers",
+}
+_MODULES = {"data", "models", "rules", "stages", "testing"}
+
+__all__ = [
+    "Check",
+    "DataError",
+    "NonFinite",
+    "StageError",
+    "Unsupported",
+    "UsageError",
+    "WeftError",
+    "card",
+    "check_claims",
+    "claim",
+    "compare",
+    "create",
+    "data",
+    "fit",
+    "measure",
+    "method",
+    "methods",
+    "models",
+    "papers",
+    "rules",
+    "stages",
+    "testing",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        return getattr(importlib.import_module(_WHERE[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"weft.{name}")
+    raise AttributeError(f"module 'weft' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,313 @@
+"""Claims: a paper's statement as a check that anyone can run, with mutants that show the check can fail."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import math
+import os
+import sys
+import time
+import traceback
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from multiprocessing import connection, get_context
+from typing import Any, TypeVar
+
+from weft.cards import Card, ClaimCard
+from weft.errors import UsageError, WeftError, unknown
+from weft.method import card, methods
+
+F = TypeVar("F", bound=Callable[..., Any])
+RELATIONS: dict[str, Callable[[float, float], bool]] = {
+    "<=": lambda a, b: a <= b,
+    "<": lambda a, b: a < b,
+    ">=": lambda a, b: a >= b,
+    ">": lambda a, b: a > b,
+    "==": lambda a, b: a == b,
+}
+TIERS = ("fast", "slow")
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """What a claim measured and what it is held against.
+
+    Attributes:
+        measured: a number; one that is not finite never holds.
+        bound: the number it is compared with.
+        relation: ``measured relation bound`` must be true; one of ``<= < >= > ==``.
+        what: names the quantity where a claim returns several checks.
+    """
+
+    measured: float
+    bound: float
+    relation: str = "<="
+    what: str = ""
+
+    def __post_init__(self) -> None:
+        if self.relation not in RELATIONS:
+            raise UsageError(unknown("relation", self.relation, list(RELATIONS)))
+
+    @property
+    def holds(self) -> bool:
+        """Whether the comparison is true and both sides are finite."""
+        measured, bound = float(self.measured), float(self.bound)
+        return math.isfinite(measured) and math.isfinite(bound) and RELATIONS[self.relation](measured, bound)
+
+
+def claim(
+    statement: str,
+    *,
+    row: int | list[int] | None = None,
+    tier: str = "fast",
+    budget: float = 5.0,
+    method: str | None = None,
+    mutants: Mapping[str, tuple[str, str]] | None = None,
+) -> Callable[[F], F]:
+    """Declare ``f(seed) -> Check`` (or several checks, which must all hold) as a claim of the method in its file.
+
+    Args:
+        statement: what the paper says, as one sentence.
+        row: the paper's row in ``papers.tsv``, several, or None for a property that no paper states.
+        tier: ``"fast"`` (core dependencies, one thread, at most 5 core-seconds) or ``"slow"``.
+        budget: core-seconds that it needs at most; twenty times that, and at least a minute, ends it as an error.
+        method: the card or variant it speaks of, where the file holds several; the first one by default.
+        mutants: name -> (source text, replacement). The text occurs once in the file outside the claims, and with
+            the replacement the claim must fail.
+    """
+
+    def mark(function: F) -> F:
+        return function
+
+    return mark
+
+
+def select(
+    names: Iterable[str] = (), *, family: str | None = None, row: int | None = None, slow: bool = False
+) -> list[tuple[Card, ClaimCard]]:
+    """The claims of the named methods (of all, where none is named), each once, under the card that it speaks of."""
+    chosen = [card(name) for name in names] or methods()
+    wanted = {(c.module, c.variant_of or c.name) for c in chosen if family in (None, c.family)}
+    found = []
+    for owner in methods():
+        if owner.variant_of is not None or (owner.module, owner.name) not in wanted:
+            continue
+        for one in owner.claims:
+            rows = one.row if isinstance(one.row, list) else [one.row]
+            if (one.tier == "slow" and not slow) or (row is not None and row not in rows):
+                continue
+            speaks_of = next((c for c in methods() if c.name == one.method and c.module == owner.module), owner)
+            if (speaks_of, one) not in found:
+                found.append((speaks_of, one))
+    return found
+
+
+def check_claims(
+    names: Iterable[str] = (),
+    *,
+    family: str | None = None,
+    row: int | None = None,
+    slow: bool = False,
+    mutants: bool = False,
+    seed: int = 0,
+    workers: int | None = None,
+    on_record: Callable[[dict[str, Any]], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Run claims, each in a process forked from this one with one torch thread, and return a record for each.
+
+    Args:
+        names: methods or variants; all of them where none is given.
+        family: only those of one family.
+        row: only those of one paper.
+        slow: the slow tier as well as the fast one.
+        mutants: run each claim under each of its mutants too; one that is not caught makes the record fail.
+        seed: passed to every claim.
+        workers: processes at a time, by default as many as there are cores.
+        on_record: called with each record as it is complete.
+
+    Returns:
+        Records with ``row, method, family, statement, measured, bound, relation, holds, status, seconds, error``,
+        ``tier, function, mutants``. ``status`` is ``ok`` or ``error``; ``seconds`` are of CPU time.
+
+    Raises:
+        UsageError: for an unknown name.
+    """
+    import sklearn.datasets  # noqa: F401
+    import torch  # noqa: F401
+
+    chosen = select(names, family=family, row=row, slow=slow)
+    jobs = [(index, None) for index in range(len(chosen))]
+    if mutants:
+        jobs += [(index, name) for index, (_, one) in enumerate(chosen) for name in one.mutants]  # type: ignore[misc]
+    records: dict[int, dict[str, Any]] = {}
+    left = {index: 1 + (len(one.mutants) if mutants else 0) for index, (_, one) in enumerate(chosen)}
+
+    def finished(job: tuple[int, str | None], outcome: dict[str, Any]) -> None:
+        index, mutant = job
+        owner, one = chosen[index]
+        record = records.setdefault(index, {"mutants": []})
+        if mutant is None:
+            record.update(_record(owner, one, outcome))
+        else:
+            caught = outcome["status"] == "ok" and not outcome["holds"]
+            record["mutants"].append({"name": mutant, "caught": caught, **outcome})
+        left[index] -= 1
+        if left[index] == 0:
+            record["mutants"].sort(key=lambda m: one.mutants.index(m["name"]))
+            if on_record:
+                on_record(record)
+
+    _pool(jobs, chosen, seed, workers or os.cpu_count() or 1, finished)
+    return [records[index] for index in sorted(records)]
+
+
+def passed(record: Mapping[str, Any]) -> bool:
+    """Whether a claim holds and every mutant that was run on it was caught."""
+    return bool(record["holds"]) and all(mutant["caught"] for mutant in record["mutants"])
+
+
+def _record(owner: Card, one: ClaimCard, outcome: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "row": one.row,
+        "method": owner.name,
+        "family": owner.family,
+        "statement": one.statement,
+        "function": one.function,
+        "tier": one.tier,
+        "budget": one.budget,
+        **outcome,
+    }
+
+
+def _pool(
+    jobs: Sequence[tuple[int, str | None]],
+    chosen: Sequence[tuple[Card, ClaimCard]],
+    seed: int,
+    workers: int,
+    finished: Callable[[tuple[int, str | None], dict[str, Any]], None],
+) -> None:
+    """One forked process a job, ``workers`` at a time; a job that dies or hangs is an error, not the end of the run."""
+    fork = get_context("fork")
+    waiting = list(reversed(jobs))
+    running: dict[Any, tuple[tuple[int, str | None], Any, float]] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                job = waiting.pop()
+                owner, one = chosen[job[0]]
+                reader, writer = fork.Pipe(duplex=False)
+                process = fork.Process(target=_child, args=(writer, owner, one, job[1], seed), daemon=True)
+                sys.stdout.flush()
+                sys.stderr.flush()
+                process.start()
+                writer.close()
+                running[reader] = (job, process, time.monotonic() + max(60.0, 20 * one.budget))
+            ready = connection.wait(list(running), timeout=1.0)
+            for reader in [r for r in running if r in ready or time.monotonic() > running[r][2]]:
+                job, process, _ = running.pop(reader)
+                outcome = _outcome(error="ran past twenty times its budget and was ended")
+                if reader in ready:
+                    try:
+                        outcome = reader.recv()
+                    except EOFError:
+                        process.join()
+                        outcome = _outcome(error=f"the process ended with exit code {process.exitcode}")
+                process.kill() if process.is_alive() and reader not in ready else None
+                process.join()
+                reader.close()
+                finished(job, outcome)
+    finally:
+        for _, process, _ in running.values():
+            process.kill()
+            process.join()
+
+
+def _outcome(
+    checks: Sequence[Check] = (), seconds: float | None = None, error: str | None = None, trace: str | None = None
+) -> dict[str, Any]:
+    failed = [check for check in checks if not check.holds]
+    shown = (failed or list(checks) or [None])[0]  # type: ignore[list-item]
+    if shown is None:
+        return {
+            "measured": None,
+            "bound": None,
+            "relation": None,
+            "what": None,
+            "holds": False,
+            "status": "error",
+            "seconds": seconds,
+            "error": error,
+            "traceback": trace,
+        }
+    measured = float(shown.measured)
+    finite = math.isfinite(measured)
+    return {
+        "measured": measured if finite else None,
+        "bound": float(shown.bound),
+        "relation": shown.relation,
+        "what": shown.what or None,
+        "holds": not failed,
+        "status": "ok",
+        "seconds": seconds,
+        "error": None if finite else f"measured {measured}",
+        "traceback": None,
+    }
+
+
+def _child(writer: Any, owner: Card, one: ClaimCard, mutant: str | None, seed: int) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    start = time.process_time()
+    try:
+        module = importlib.import_module(owner.module) if mutant is None else mutated(owner, one, mutant)
+        result = getattr(module, one.function)(seed)
+        checks = [result] if isinstance(result, Check) else list(result)
+        if not checks or not all(isinstance(check, Check) for check in checks):
+            raise WeftError(f"{one.function} in {owner.module} returned {result!r}; a claim returns Check, or several")
+        outcome = _outcome(checks, time.process_time() - start)
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}"
+        outcome = _outcome((), time.process_time() - start, text, traceback.format_exc())
+    writer.send(outcome)
+    writer.close()
+
+
+def mutated(owner: Card, one: ClaimCard, mutant: str) -> types.ModuleType:
+    """The method's module with one mutant applied, in place of the true one in this process's ``sys.modules``.
+
+    Raises:
+        WeftError: when the mutant's text does not occur exactly once outside the file's claims.
+    """
+    source = owner.path.read_text(encoding="utf-8")
+    tree = ast.parse(source)
+    node = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == one.function)
+    literal = next(k for d in node.decorator_list if isinstance(d, ast.Call) for k in d.keywords if k.arg == "mutants")
+    old, new = ast.literal_eval(literal.value)[mutant]
+    lines = source.splitlines(keepends=True)
+    claims = [n for n in tree.body if isinstance(n, ast.FunctionDef) and _is_claim(n)]
+    protected = {i for n in claims for i in range(n.decorator_list[0].lineno - 1, n.end_lineno or 0)}
+    kept = [("\0\n" if i in protected else line) for i, line in enumerate(lines)]
+    body = "".join(kept)
+    if body.count(old) != 1:
+        raise WeftError(f"mutant {mutant!r} of {one.function} in {owner.path}: its text occurs {body.count(old)} times")
+    replaced = body.replace(old, new).splitlines(keepends=True)
+    held = iter([line for i, line in enumerate(lines) if i in protected])
+    text = "".join(next(held) if line == "\0\n" else line for line in replaced)
+    module = types.ModuleType(owner.module)
+    module.__file__ = str(owner.path)
+    module.__package__ = owner.module.rpartition(".")[0]
+    sys.modules[owner.module] = module
+    parent = importlib.import_module(module.__package__) if module.__package__ else None
+    if parent is not None:
+        setattr(parent, owner.module.rpartition(".")[2], module)
+    exec(compile(text, str(owner.path), "exec"), module.__dict__)
+    return module
+
+
+def _is_claim(node: ast.FunctionDef) -> bool:
+    return any(
+        isinstance(d, ast.Call) and ast.unparse(d.func).rpartition(".")[2] == "claim" for d in node.decorator_list
+    )

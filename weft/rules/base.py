@@ -1,0 +1,268 @@
+"""The contract of a learning rule: what replaces ``loss.backward()`` in an ordinary training loop."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from weft import stages
+from weft.errors import DataError, NonFinite, Unsupported, UsageError
+
+Ready = Callable[[nn.Parameter], None]
+Scale = float | Tensor
+IGNORED = -100
+
+
+class Rule(nn.Module):
+    """A way of finding gradients: ``rule.step(x, y)`` in place of ``loss.backward()``.
+
+    A subclass implements :meth:`step`, and ``__init__`` where it has options. Every ``step`` is checked on the way
+    in (batch, labels, dtypes) and out (a finite loss), and counted for :meth:`rng`.
+
+    Args:
+        model: the user's model. It is trained in place, unless the rule's card is tagged ``own-model``.
+        loss: from scores ``[B, K]`` and labels ``[B]`` to their mean loss.
+        at: modules to cut behind, for rules that need stages; see :func:`weft.stages.cut`.
+        seed: of everything random that the rule draws; torch's global generator is never touched.
+
+    Raises:
+        Unsupported: when the rule cannot train this model; ``instead`` says what can.
+        StageError: when the model cannot be cut as asked.
+    """
+
+    updates: ClassVar[str] = "grad"
+    stages: str = "none"
+    method_name: ClassVar[str] = ""
+    clock: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        loss: Callable[..., Tensor] = F.cross_entropy,
+        at: Sequence[str] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if self.stages == "none" and at is not None:
+            raise UsageError(f"{type(self).__name__} needs no stages; leave at= out")
+        self.model = model
+        self.loss = loss
+        self.register_buffer("clock", torch.tensor([seed, 0]))
+        self.cut = stages.cut(model, at) if self.stages != "none" else None
+        self._fixed: dict[Any, Tensor] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "step" in cls.__dict__:
+            cls.step = _guarded(cls.__dict__["step"])  # type: ignore[method-assign]
+
+    def trainable(self) -> list[nn.Parameter]:
+        """Exactly what an optimizer gets: the parameters of model and rule that require gradients, each once."""
+        return [p for p in self.parameters() if p.requires_grad]
+
+    def step(self, x: Any, y: Tensor, *, scale: Scale = 1.0, ready: Ready | None = None) -> Tensor:
+        """Add ``scale`` x gradient to ``.grad`` of every parameter in :meth:`trainable`.
+
+        Args:
+            x: inputs ``[B, ...]``, or a tuple that is passed as ``model(*x)``.
+            y: labels ``[B]`` or ``[B, T]``, int64; -100 is ignored.
+            scale: a factor on the gradients, e.g. ``scaler.scale(torch.ones(()))`` or a weight of this batch.
+            ready: called once with each parameter as soon as its gradient is final (as torch's
+                ``register_post_accumulate_grad_hook``); it may update the parameter and set ``.grad`` to None.
+
+        Returns:
+            The mean loss, a detached scalar.
+
+        Raises:
+            DataError: for an empty batch or labels of the wrong shape, dtype or range.
+            NonFinite: for a loss that is not finite; then nothing is added to any gradient.
+        """
+        raise Unsupported(f"{type(self).__name__} implements no step")
+
+    def forward(self, x: Any) -> Tensor:
+        """Class scores ``[B, K]`` or ``[B, T, K]``, however the rule predicts; without side effect."""
+        return self.model(*inputs(x))
+
+    def rng(self, *tags: Any, fixed: bool = False, device: Any = "cpu") -> torch.Generator:
+        """A private generator, seeded by (seed, number of steps so far, tags); by (seed, tags) where ``fixed``."""
+        seed, count = (int(v) for v in self.clock)
+        key = repr((seed, None if fixed else count, tags)).encode()
+        digest = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
+        return torch.Generator(device=device).manual_seed(digest % 2**63)
+
+    def fixed_normal(self, shape: Sequence[int], like: Tensor, *tags: Any) -> Tensor:
+        """A standard normal matrix that stays the same for the life of the rule, drawn when first asked for.
+
+        It depends on the seed, the tags and the shape alone, and is therefore not part of the state.
+        """
+        key = (int(self.clock[0]), tuple(shape), like.dtype, like.device, tags)
+        if key not in self._fixed:
+            drawn = torch.randn(*shape, generator=self.rng(*tags, fixed=True), dtype=torch.float64)
+            self._fixed[key] = drawn.to(like.device, like.dtype)
+        return self._fixed[key]
+
+    def extra_parameters(self) -> int:
+        """Numbers that the rule holds beside the model: its own parameters and fixed random matrices."""
+        model = {id(p) for p in self.model.parameters()}
+        own = sum(p.numel() for p in self.parameters() if id(p) not in model)
+        return own + sum(t.numel() for t in self._fixed.values())
+
+    def grow(self, epoch: int) -> bool:
+        """Called after each epoch; True when :meth:`trainable` changed, so that the optimizer must be built anew."""
+        return False
+
+    def structure(self) -> dict[str, Any]:
+        """JSON data, enough to rebuild a rule that has grown before ``load_state_dict``."""
+        return {}
+
+    def reduce(self, group: Any) -> None:
+        """Bring the rule's own running state together across processes.
+
+        Raises:
+            Unsupported: when there is such state and the rule does not say how.
+        """
+        model = {id(b) for b in self.model.buffers()}
+        own = [n for n, b in self.named_buffers() if id(b) not in model and b is not self.clock]
+        if own:
+            raise Unsupported(f"{type(self).__name__} has running state {own} and no way to reduce it", "one process")
+
+    def criterion(self, scores: Tensor, y: Tensor) -> Tensor:
+        """The mean loss of scores ``[B, K]`` or ``[B, T, K]`` for labels ``[B]`` or ``[B, T]``.
+
+        Raises:
+            DataError: when the labels do not fit the scores.
+        """
+        scores, y = flat(scores, y)
+        if self.loss is F.cross_entropy:
+            check_labels(scores, y)
+        return self.loss(scores, y)
+
+    def descend(
+        self,
+        tensors: Sequence[Tensor],
+        parameters: Iterable[Tensor],
+        *,
+        gradients: Sequence[Tensor | None] | None = None,
+        scale: Scale = 1.0,
+        ready: Ready | None = None,
+    ) -> None:
+        """Add ``scale`` x the gradient of the sum of ``tensors`` to ``.grad`` of ``parameters``, and of nothing else.
+
+        Args:
+            tensors: scalar losses, or other tensors with their ``gradients``.
+            parameters: leaves; one that no tensor depends on gets a gradient of zeros.
+            gradients: what arrives at each tensor, None for a scalar loss.
+            scale: a factor on all of it.
+            ready: see :meth:`step`.
+
+        Raises:
+            NonFinite: for a scalar loss that is not finite, before anything is added.
+        """
+        check_finite([t for t in tensors if t.ndim == 0])
+        leaves = list(parameters)
+        if not leaves:
+            return
+        given = gradients or [None] * len(tensors)
+        heads = [(t, g) for t, g in zip(tensors, given, strict=True) if t.requires_grad]
+        arriving = [
+            torch.as_tensor(scale, dtype=t.dtype, device=t.device).expand(t.shape) if g is None else g * scale
+            for t, g in heads
+        ]
+        handed: set[int] = set()
+        handles = []
+        if ready is not None:
+
+            def hand_over(leaf: Tensor) -> None:
+                handed.add(id(leaf))
+                ready(leaf)  # type: ignore[arg-type]
+
+            handles = [leaf.register_post_accumulate_grad_hook(hand_over) for leaf in leaves]
+        try:
+            if heads:
+                torch.autograd.backward([t for t, _ in heads], arriving, inputs=leaves)
+        finally:
+            for handle in handles:
+                handle.remove()
+        for leaf in leaves:
+            if id(leaf) not in handed:
+                if leaf.grad is None:
+                    leaf.grad = torch.zeros_like(leaf)
+                if ready is not None:
+                    ready(leaf)  # type: ignore[arg-type]
+
+
+def inputs(x: Any) -> tuple[Any, ...]:
+    """Inputs as the tuple that ``model(*x)`` takes."""
+    return x if isinstance(x, tuple) else (x,)
+
+
+def flat(scores: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores ``[B, T, K]`` with labels ``[B, T]`` as ``[BT, K]`` and ``[BT]``; others as they are."""
+    if scores.ndim == 3 and y.ndim == 2 and scores.shape[:2] == y.shape:
+        return scores.flatten(0, 1), y.flatten()
+    return scores, y
+
+
+def check_labels(scores: Tensor, y: Tensor) -> None:
+    """Raise DataError where labels are no class indices for scores ``[N, K, ...]``."""
+    shape = (scores.shape[0], *scores.shape[2:])
+    if scores.ndim < 2 or y.shape != shape:
+        raise DataError(f"labels of shape {tuple(y.shape)} do not fit scores of shape {tuple(scores.shape)}")
+    used = y[y != IGNORED] if (y == IGNORED).any() else y
+    if used.numel() == 0:
+        raise DataError("every label of the batch is -100 (ignored); leave such batches out")
+    low, high = (int(v) for v in used.aminmax())
+    if low < 0 or high >= scores.shape[1]:
+        raise DataError(
+            f"labels run from {low} to {high}; for {scores.shape[1]} scores they must be 0 to K - 1, or -100"
+        )
+
+
+def check_finite(losses: Iterable[Tensor]) -> None:
+    """Raise NonFinite where a loss is infinite or not a number."""
+    for loss in losses:
+        if not torch.isfinite(loss.detach()):
+            raise NonFinite(
+                f"the loss is {float(loss.detach())}; nothing was added to any gradient. Lower the learning rate, "
+                "clip gradients, or look for such values in the data"
+            )
+
+
+def check_batch(model: nn.Module, x: Any, y: Any) -> None:
+    """Raise DataError where a batch is empty, its parts differ in length, or its dtypes are not the model's."""
+    first = inputs(x)[0]
+    if not isinstance(first, Tensor) or not isinstance(y, Tensor):
+        raise DataError(f"a batch is two tensors, not {type(first).__name__} and {type(y).__name__}")
+    if first.ndim == 0 or y.ndim == 0 or first.shape[0] == 0:
+        raise DataError(f"the batch is empty: x {tuple(first.shape)}, y {tuple(y.shape)}")
+    if first.shape[0] != y.shape[0]:
+        raise DataError(f"x has {first.shape[0]} rows and y has {y.shape[0]}")
+    weight = next((p for p in model.parameters() if p.is_floating_point()), None)
+    autocast = torch.is_autocast_enabled(first.device.type)
+    if weight is not None and first.is_floating_point() and first.dtype != weight.dtype and not autocast:
+        raise DataError(f"x is {first.dtype} and the model {weight.dtype}; convert one of them")
+
+
+def _guarded(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A rule's own ``step`` with the checks that all share."""
+
+    @functools.wraps(step)
+    def guarded(self: Rule, x: Any, y: Tensor, *, scale: Scale = 1.0, ready: Ready | None = None) -> Tensor:
+        if self.updates == "self" and (ready is not None or isinstance(scale, Tensor) or scale != 1.0):
+            raise UsageError(f"{type(self).__name__} changes the weights itself; it takes neither scale nor ready")
+        check_batch(self.model, x, y)
+        if self.loss is F.cross_entropy and y.dtype != torch.int64:
+            raise DataError(f"labels are class indices of dtype torch.int64, not {y.dtype}")
+        loss = step(self, x, y, scale=scale, ready=ready).detach()
+        check_finite([loss])
+        self.clock[1] += 1
+        return loss
+
+    return guarded

@@ -1,0 +1,18 @@
+"""Public contract checks: ``check_rule("mono-forward")`` runs every promise of a rule on the method's own example."""
+
+from typing import Any
+
+_WHERE = {
+    "Example": "weft.testing.example",
+    "classification": "weft.testing.example",
+    "check_rule": "weft.testing.rule",
+    "rule_checks": "weft.testing.rule",
+}
+
+
+def __getattr__(name: str) -> Any:
+    import importlib
+
+    if name in _WHERE:
+        return getattr(importlib.import_module(_WHERE[name]), name)
+    raise AttributeError(f"module 'weft.testing' has no attribute {name!r}")
