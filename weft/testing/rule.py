@@ -1,0 +1,337 @@
+"""The contract of rules as checks: each promise of :class:`weft.rules.base.Rule`, on the method's own example.
+
+``check_rule("my-rule")`` runs them all. None is left out by name: what does not apply is decided by tags and by what
+the rule's class declares, and what cannot work must be raised as :class:`weft.Unsupported`.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from weft.cards import Card
+from weft.errors import DataError, NonFinite, StageError, Unsupported, UsageError
+from weft.method import card as find
+from weft.testing import tags
+from weft.testing.example import Example, classification
+from weft.testing.tools import (
+    assert_unchanged,
+    build,
+    double,
+    gradients,
+    leaves,
+    modes,
+    raises,
+    same,
+    snapshot,
+)
+
+Check = Callable[[Card], None]
+
+
+def check_rule(name: str | Card) -> list[str]:
+    """Run every check of the contract on one rule.
+
+    Args:
+        name: a method's name or its card.
+
+    Returns:
+        Names of the checks that ran.
+
+    Raises:
+        AssertionError: by the first promise that is not kept.
+    """
+    card = find(name) if isinstance(name, str) else name
+    ran = []
+    for label, check in rule_checks(card):
+        check(card)
+        ran.append(label)
+    return ran
+
+
+def rule_checks(card: Card) -> Iterator[tuple[str, Check]]:
+    """The checks that apply to a card, by its tags and by whether it gives gradients."""
+    updates = card.load().updates
+    assert updates in ("grad", "self"), f"updates={updates!r}; it is 'grad' or 'self'"
+    for check in EVERY + (GRADIENT if updates == "grad" else SELF):
+        yield check.__name__, check
+    for tag in sorted(card.tags):
+        assert tag in tags.CHECKS, f"tag {tag!r} of {card.name} is measured by no test; known: {sorted(tags.CHECKS)}"
+        yield f"tag_{tag}", tags.CHECKS[tag]
+
+
+def trainable_is_exact(card: Card) -> None:
+    """Gradients are added for exactly ``trainable()``, in shape and dtype, and a frozen parameter is left alone."""
+    rule, x, y = build(card)
+    for freeze in (False, True):
+        if freeze:
+            rule, x, y = build(card)
+            rule.trainable()[0].requires_grad_(False)
+        rule.step(x, y)
+        wanted = {id(p) for p in rule.trainable()}
+        assert len(wanted) == len(rule.trainable()), "trainable() names a parameter twice"
+        for name, p in rule.named_parameters():
+            if id(p) in wanted:
+                assert p.grad is not None and p.grad.shape == p.shape and p.grad.dtype == p.dtype, name
+            else:
+                assert p.grad is None, f"{name} is not in trainable() and has a gradient"
+        assert any(float(p.grad.abs().max()) > 0 for p in rule.trainable()), "every gradient is zero"
+
+
+def scale_and_accumulation(card: Card) -> None:
+    """``scale`` multiplies the gradient, and steps add to what is in ``.grad``."""
+    rule, x, y = build(card)
+    once = gradients(rule, x, y)
+    assert same(gradients(rule, x, y, scale=4.0), once, factor=4.0, tolerance=1e-6)
+    assert same(gradients(rule, x, y, scale=torch.tensor(0.5)), once, factor=0.5, tolerance=1e-6)
+    clock = rule.clock.clone()
+    for p, g in zip(rule.trainable(), once, strict=True):
+        p.grad = g.clone()
+    rule.step(x, y)
+    assert same([p.grad for p in rule.trainable()], once, factor=2.0, tolerance=1e-6)
+    assert int(rule.clock[1]) == int(clock[1]) + 1, "a step counts itself once"
+
+
+def ready_once(card: Card) -> None:
+    """``ready`` gets each parameter once, final; updating there gives the weights that updating afterwards gives."""
+    for options in modes(card):
+        plain, x, y = build(card, **options)
+        wanted = gradients(plain, x, y)
+        rule, x, y = build(card, **options)
+        handed: list[Any] = []
+        rule.step(x, y, ready=lambda p, seen=handed: seen.append((p, p.grad.clone())))
+        order = [id(p) for p, _ in handed]
+        assert len(order) == len(set(order)) and set(order) == {id(p) for p in rule.trainable()}
+        given = {id(p): g for p, g in handed}
+        assert same([given[id(p)] for p in rule.trainable()], wanted), "a gradient handed over was not final"
+        rule, x, y = build(card, **options)
+
+        def update(p: Any) -> None:
+            with torch.no_grad():
+                p.sub_(p.grad, alpha=0.1)
+            p.grad = None
+
+        rule.step(x, y, ready=update)
+        assert all(p.grad is None for p in rule.trainable())
+        after = [p.detach() - 0.1 * g for p, g in zip(plain.trainable(), wanted, strict=True)]
+        assert same([p.detach() for p in rule.trainable()], after, tolerance=1e-6), (
+            "updating in ready gave other weights"
+        )
+
+
+def backward_modes_agree(card: Card) -> None:
+    """Every value of ``backward`` gives the same gradients."""
+    found = [gradients(*build(card, **options)) for options in modes(card)]
+    assert all(same(found[0], other, tolerance=1e-5) for other in found[1:])
+
+
+def grad_scaler(card: Card) -> None:
+    """``scale=scaler.scale(one)`` makes torch's GradScaler work: unscaled gradients are those without it."""
+    rule, x, y = build(card)
+    once = gradients(rule, x, y)
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    optimizer = torch.optim.SGD(rule.trainable(), lr=0.1)
+    rule.zero_grad(set_to_none=True)
+    rule.clock[1] = 0
+    rule.step(x, y, scale=scaler.scale(torch.ones(())))
+    scaler.unscale_(optimizer)
+    assert same([p.grad for p in rule.trainable()], once, tolerance=1e-5)
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def frozen_weights(card: Card) -> None:
+    """A step leaves weights, hooks, training mode and ``requires_grad`` as they were."""
+    for training in (True, False):
+        rule, x, y = build(card)
+        rule.train(training)
+        before = snapshot(rule)
+        rule.step(x, y)
+        assert_unchanged(before, snapshot(rule))
+        rule.step(x, y)
+        assert_unchanged(before, snapshot(rule))
+
+
+def non_finite(card: Card) -> None:
+    """A loss that is not finite raises NonFinite, and nothing is added to any gradient."""
+    rule, x, y = build(card)
+    first = x[0] if isinstance(x, tuple) else x
+    if not first.is_floating_point():
+        return
+    bad = torch.full_like(first, float("nan"))
+    before = snapshot(rule)
+    raises(NonFinite, lambda: rule.step((bad, *x[1:]) if isinstance(x, tuple) else bad, y))
+    assert all(p.grad is None for p in rule.parameters()), "a gradient was added"
+    assert_unchanged(before, snapshot(rule))
+
+
+def double_precision(card: Card) -> None:
+    """A float64 model gets float64 gradients, for deterministic rules those of float32 to its precision."""
+    made = card.example()
+    wide = Example(copy.deepcopy(made.model).double(), double(made.x), made.y, made.options)
+    found = gradients(*build(card, wide))
+    assert all(g.dtype == torch.float64 for g in found)
+    if "deterministic" in card.tags:
+        assert same(gradients(*build(card)), found, tolerance=1e-3)
+
+
+def equal_seeds(card: Card) -> None:
+    """Equal seeds give equal gradients, also in a deep copy, and every step's draws can be repeated."""
+    one, x, y = build(card, seed=3)
+    two, _, _ = build(card, seed=3)
+    for _ in range(3):
+        assert same(leaves(one, x, y), leaves(two, x, y)), "equal seeds gave different results"
+    three = copy.deepcopy(one)
+    assert same(leaves(one, x, y), leaves(three, x, y)), "a deep copy goes on differently"
+
+
+def global_rng(card: Card) -> None:
+    """Building, stepping and predicting leave every global generator as it was."""
+    made = card.example()
+    model = copy.deepcopy(made.model)
+    before = (torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1])
+    rule = card.build(model, **made.options)
+    rule.step(made.x, made.y)
+    rule(made.x)
+    assert torch.equal(before[0], torch.get_rng_state()), "torch's global generator was used"
+    assert before[1] == random.getstate(), "random's global generator was used"
+    assert (before[2] == numpy.random.get_state()[1]).all(), "numpy's global generator was used"
+
+
+def prediction(card: Card) -> None:
+    """``rule(x)`` gives a row of scores for each label, the same each time, and changes nothing."""
+    rule, x, y = build(card)
+    rule.step(x, y)
+    rule.zero_grad(set_to_none=True)
+    for training in (True, False):
+        rule.train(training)
+        state = {k: v.clone() for k, v in rule.state_dict().items()}
+        with torch.no_grad():
+            one, two = rule(x), rule(x)
+        assert one.shape[: y.ndim] == y.shape and one.ndim == y.ndim + 1, f"scores {tuple(one.shape)}"
+        assert torch.equal(one, two), "two predictions differ"
+        assert all(torch.equal(v, rule.state_dict()[k]) for k, v in state.items()), "predicting changed the state"
+        assert all(p.grad is None for p in rule.parameters())
+
+
+def one_statistics_update(card: Card) -> None:
+    """BatchNorm's running statistics are updated at most once a step."""
+    made = classification(batch=8)
+    model = nn.Sequential(made.model[0], nn.BatchNorm1d(12), *list(made.model)[1:])
+    try:
+        rule = card.build(model, **card.preset)
+        rule.step(made.x, made.y)
+    except (Unsupported, StageError):
+        return
+    batch_norm = model[1]
+    assert isinstance(batch_norm, nn.BatchNorm1d)
+    assert int(batch_norm.num_batches_tracked or 0) <= 1, "running statistics were updated more than once"
+
+
+def round_trips(card: Card) -> None:
+    """state_dict, deepcopy and pickle: the copy goes on as the original does."""
+    rule, x, y = build(card, seed=5)
+    for _ in range(2):
+        rule.step(x, y)
+    with torch.no_grad():
+        for p in rule.parameters():
+            p.add_(0.01)
+    other, _, _ = build(card, seed=6)
+    other.load_state_dict(rule.state_dict())
+    copies = [other, copy.deepcopy(rule), pickle.loads(pickle.dumps(rule))]
+    want = leaves(rule, x, y)
+    for made in copies:
+        assert same(leaves(made, x, y), want), "a copy goes on differently"
+        assert torch.equal(made(x), rule(x)) or rule.updates == "self"
+
+
+def batch_of_one(card: Card) -> None:
+    """A batch of one row works."""
+    rule, x, y = build(card)
+    one = tuple(part[:1] for part in x) if isinstance(x, tuple) else x[:1]
+    assert torch.isfinite(rule.step(one, y[:1]))
+
+
+def bad_input(card: Card) -> None:
+    """Batches that do not fit raise DataError, unknown options UsageError, and both change nothing."""
+    rule, x, y = build(card)
+    before = snapshot(rule)
+    first = x[0] if isinstance(x, tuple) else x
+    rest = x[1:] if isinstance(x, tuple) else None
+
+    def with_first(part: Tensor) -> Any:
+        return part if rest is None else (part, *rest)
+
+    classes = rule(x).shape[-1]
+    bad = {
+        "empty": (with_first(first[:0]), y[:0]),
+        "lengths": (x, y[:-1]),
+        "label shape": (x, y[:, None]),
+        "label dtype": (x, y.float()),
+        "label range": (x, y + classes),
+        "negative label": (x, y - 1 - classes),
+        "all ignored": (x, torch.full_like(y, -100)),
+    }
+    if first.is_floating_point():
+        bad["input dtype"] = (with_first(first.double() if first.dtype == torch.float32 else first.float()), y)
+    for what, (a, b) in bad.items():
+        message = raises(DataError, lambda a=a, b=b: rule.step(a, b))  # type: ignore[misc]
+        assert len(message) > 20, f"{what}: the message says too little: {message!r}"
+        assert all(p.grad is None for p in rule.parameters()), f"{what}: a gradient was added"
+    assert_unchanged(before, snapshot(rule))
+    raises(UsageError, lambda: build(card, no_such_option=1))
+
+
+def ignored_labels(card: Card) -> None:
+    """Rows labelled -100 have no part in the gradient; exactly so where the rule draws nothing."""
+    rule, x, y = build(card)
+    if rule.loss is not F.cross_entropy or isinstance(x, tuple) or y.ndim > 1:
+        return
+    masked = y.clone()
+    masked[-1] = -100
+    found = gradients(rule, x, masked) if rule.updates == "grad" else []
+    if rule.updates == "self":
+        rule.step(x, masked)
+    elif "deterministic" in card.tags:
+        assert same(found, gradients(rule, x[:-1], y[:-1]), tolerance=1e-5)
+
+
+def self_updates(card: Card) -> None:
+    """A rule with ``updates="self"`` changes weights in ``step`` and takes neither ``scale`` nor ``ready``."""
+    rule, x, y = build(card)
+    before = snapshot(rule)["weights"]
+    rule.step(x, y)
+    assert any(not torch.equal(w, before[n]) for n, w in snapshot(rule)["weights"].items()), "no weight changed"
+    raises(UsageError, lambda: rule.step(x, y, scale=2.0))
+    raises(UsageError, lambda: rule.step(x, y, ready=lambda p: None))
+
+
+EVERY: tuple[Check, ...] = (
+    equal_seeds,
+    global_rng,
+    prediction,
+    one_statistics_update,
+    round_trips,
+    batch_of_one,
+    bad_input,
+    ignored_labels,
+)
+GRADIENT: tuple[Check, ...] = (
+    trainable_is_exact,
+    scale_and_accumulation,
+    ready_once,
+    backward_modes_agree,
+    grad_scaler,
+    frozen_weights,
+    non_finite,
+    double_precision,
+)
+SELF: tuple[Check, ...] = (self_updates,)

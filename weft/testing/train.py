@@ -1,0 +1,50 @@
+"""A short training run for claims: digits, an MLP, a rule with its card's own optimizer, learning rate and schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from weft.method import card
+
+
+def digits_mlp(hidden: Sequence[int], seed: int) -> nn.Module:
+    """An MLP for scikit-learn's 8x8 digits: flatten, then linear layers with ReLU between them."""
+    from weft import models
+
+    spec = "mlp:" + "x".join(map(str, hidden))
+    return models.build(spec, input_shape=(1, 8, 8), classes=10, seed=seed)
+
+
+def train(rule: Any, *, epochs: int, batch_size: int = 64, seed: int = 0, lr: float | None = None) -> None:
+    """Train a rule on digits with Adam and a cosine schedule, in batches shuffled by ``seed``."""
+    from weft import data
+
+    digits = data.load("digits")
+    defaults = card(rule.method_name).defaults
+    rate = lr or defaults.get("lr", 1e-3)
+    optimizer = torch.optim.Adam(rule.trainable(), lr=rate)
+    total = epochs * math.ceil(len(digits.y_train) / batch_size)
+    done = 0
+    for epoch in range(epochs):
+        for index in data.batches(len(digits.y_train), batch_size, seed=seed, epoch=epoch):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * done / total))
+            optimizer.zero_grad()
+            rule.step(digits.x_train[index], digits.y_train[index])
+            optimizer.step()
+            done += 1
+
+
+def digits_accuracy(rule: Any) -> float:
+    """The share of digits' test images whose highest score is their label."""
+    from weft import data
+
+    digits = data.load("digits")
+    rule.eval()
+    with torch.no_grad():
+        return float((rule(digits.x_test).argmax(1) == digits.y_test).double().mean())
