@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from weft.errors import StageError
 
-# Lists of blocks in models of the Hugging Face kind (BERT, GPT-2, Llama) and in models.char_transformer.
+# Lists of blocks in models of the Hugging Face kind (BERT, GPT-2, Llama) and in hand-written ones.
 BLOCK_LISTS = ("encoder.layer", "transformer.h", "model.layers", "h", "layers", "blocks")
 
 
@@ -60,6 +61,8 @@ def default_cuts(model: nn.Module) -> list[str]:
         if isinstance(blocks, nn.ModuleList) and len(blocks):
             return [f"{path}.{i}" for i in range(len(blocks))]
     children = [name for name, _ in model.named_children()]
+    if layers := [name for name in children if re.fullmatch(r"layer\d+", name)]:
+        return layers
     raise StageError(
         f"{type(model).__name__} is no nn.Sequential and has no list of blocks; "
         f"say where to cut, e.g. at={children[:2]}"

@@ -81,7 +81,10 @@ class Card:
         for given in options:
             if self.contract == "rule" and given not in known | {"loss", "at", "seed"}:
                 raise UsageError(unknown("option", given, sorted(known), f"of {self.name!r}"))
-        return self.load()(*args, **{**self.preset, **options})
+        made = self.load()(*args, **{**self.preset, **options})
+        if self.variant_of is not None and self.contract == "rule":
+            made.method_name = self.name
+        return made
 
     def example(self) -> Any:
         """The smallest instance, by the file's ``example()``; a variant's options are added to it."""

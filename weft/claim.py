@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib
+import importlib.util
 import math
 import os
 import sys
@@ -13,6 +14,7 @@ import traceback
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from multiprocessing import connection, get_context
+from pathlib import Path
 from typing import Any, TypeVar
 
 from weft.cards import Card, ClaimCard
@@ -64,7 +66,7 @@ def claim(
     tier: str = "fast",
     budget: float = 5.0,
     method: str | None = None,
-    mutants: Mapping[str, tuple[str, str]] | None = None,
+    mutants: Mapping[str, tuple[str, ...]] | None = None,
 ) -> Callable[[F], F]:
     """Declare ``f(seed) -> Check`` (or several checks, which must all hold) as a claim of the method in its file.
 
@@ -74,8 +76,8 @@ def claim(
         tier: ``"fast"`` (core dependencies, one thread, at most 5 core-seconds) or ``"slow"``.
         budget: core-seconds that it needs at most; twenty times that, and at least a minute, ends it as an error.
         method: the card or variant it speaks of, where the file holds several; the first one by default.
-        mutants: name -> (source text, replacement). The text occurs once in the file outside the claims, and with
-            the replacement the claim must fail.
+        mutants: name -> (source text, replacement), or with a third entry that names the shared module it is in. The
+            text occurs once in that file outside the claims, and with the replacement the claim must fail.
     """
 
     def mark(function: F) -> F:
@@ -228,7 +230,7 @@ def _outcome(
     checks: Sequence[Check] = (), seconds: float | None = None, error: str | None = None, trace: str | None = None
 ) -> dict[str, Any]:
     failed = [check for check in checks if not check.holds]
-    shown = (failed or list(checks) or [None])[0]  # type: ignore[list-item]
+    shown = (failed or list(checks)[-1:] or [None])[0]  # type: ignore[list-item]
     if shown is None:
         return {
             "measured": None,
@@ -281,29 +283,41 @@ def mutated(owner: Card, one: ClaimCard, mutant: str) -> types.ModuleType:
     Raises:
         WeftError: when the mutant's text does not occur exactly once outside the file's claims.
     """
-    source = owner.path.read_text(encoding="utf-8")
-    tree = ast.parse(source)
+    tree = ast.parse(owner.path.read_text(encoding="utf-8"))
     node = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == one.function)
     literal = next(k for d in node.decorator_list if isinstance(d, ast.Call) for k in d.keywords if k.arg == "mutants")
-    old, new = ast.literal_eval(literal.value)[mutant]
+    old, new, *elsewhere = ast.literal_eval(literal.value)[mutant]
+    if not elsewhere:
+        return _replaced(owner.module, owner.path, old, new)
+    spec = importlib.util.find_spec(elsewhere[0])
+    if spec is None or spec.origin is None:
+        raise WeftError(f"mutant {mutant!r} of {one.function} names no module: {elsewhere[0]!r}")
+    _replaced(elsewhere[0], Path(spec.origin), old, new)
+    untouched = {elsewhere[0], "weft.errors", "weft.cards", "weft.method", "weft.claim"}
+    for loaded in [name for name in sys.modules if name.startswith("weft.") and name not in untouched]:
+        del sys.modules[loaded]
+    sys.modules.pop(owner.module, None)
+    return importlib.import_module(owner.module)
+
+
+def _replaced(name: str, path: Path, old: str, new: str) -> types.ModuleType:
+    """A module run from its source with ``old`` replaced by ``new``, which must occur once outside its claims."""
+    source = path.read_text(encoding="utf-8")
     lines = source.splitlines(keepends=True)
-    claims = [n for n in tree.body if isinstance(n, ast.FunctionDef) and _is_claim(n)]
+    claims = [n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and _is_claim(n)]
     protected = {i for n in claims for i in range(n.decorator_list[0].lineno - 1, n.end_lineno or 0)}
-    kept = [("\0\n" if i in protected else line) for i, line in enumerate(lines)]
-    body = "".join(kept)
+    body = "".join("\0\n" if i in protected else line for i, line in enumerate(lines))
     if body.count(old) != 1:
-        raise WeftError(f"mutant {mutant!r} of {one.function} in {owner.path}: its text occurs {body.count(old)} times")
-    replaced = body.replace(old, new).splitlines(keepends=True)
+        raise WeftError(f"the text {old!r} of a mutant occurs {body.count(old)} times in {path}, not once")
     held = iter([line for i, line in enumerate(lines) if i in protected])
-    text = "".join(next(held) if line == "\0\n" else line for line in replaced)
-    module = types.ModuleType(owner.module)
-    module.__file__ = str(owner.path)
-    module.__package__ = owner.module.rpartition(".")[0]
-    sys.modules[owner.module] = module
-    parent = importlib.import_module(module.__package__) if module.__package__ else None
-    if parent is not None:
-        setattr(parent, owner.module.rpartition(".")[2], module)
-    exec(compile(text, str(owner.path), "exec"), module.__dict__)
+    text = "".join(next(held) if x == "\0\n" else x for x in body.replace(old, new).splitlines(keepends=True))
+    module = types.ModuleType(name)
+    module.__file__ = str(path)
+    module.__package__ = name.rpartition(".")[0]
+    sys.modules[name] = module
+    if module.__package__:
+        setattr(importlib.import_module(module.__package__), name.rpartition(".")[2], module)
+    exec(compile(text, str(path), "exec"), module.__dict__)
     return module
 
 

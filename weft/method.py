@@ -90,8 +90,7 @@ def exports(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]
     def lookup(name: str) -> Any:
         for found in methods(family):
             if found.export == name:
-                obj = found.load()
-                return functools.partial(obj, **found.preset) if found.variant_of else obj
+                return found.build if found.variant_of else found.load()
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
     def listing() -> list[str]:

@@ -219,7 +219,7 @@ def cut(model: nn.Module, at: Sequence[str] | None = None) -> Cut:
         model: any module; it is not changed.
         at: names as in ``model.named_modules()``, in the order in which the forward passes them. By default the
             children of an ``nn.Sequential``, each stage with parameters of its own, or the blocks of Hugging Face
-            BERT-, GPT-2- and Llama-like models.
+            BERT-, GPT-2- and Llama-like models, or ``layer1``, ``layer2`` ... of a ResNet.
 
     Raises:
         StageError: for a name that the model does not have, one given twice, or a model without default cuts.

@@ -114,6 +114,13 @@ class Rule(nn.Module):
         own = sum(p.numel() for p in self.parameters() if id(p) not in model)
         return own + sum(t.numel() for t in self._fixed.values())
 
+    def groups(self) -> list[list[nn.Parameter]]:
+        """Trained parameters by stage, in forward order: what a ``local`` rule trains apart; known after a step."""
+        if self.cut is None:
+            return [self.trainable()]
+        wanted = {id(p) for p in self.trainable()}
+        return [[p for p in self.cut.parameters(k) if id(p) in wanted] for k in range(len(self.cut))]
+
     def grow(self, epoch: int) -> bool:
         """Called after each epoch; True when :meth:`trainable` changed, so that the optimizer must be built anew."""
         return False

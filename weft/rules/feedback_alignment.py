@@ -26,8 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from weft.calls import Calls
+from weft.claim import Check, claim
 from weft.errors import Unsupported, UsageError, unknown
 from weft.method import method
+from weft.ops.feedback import FeedbackFunction, handlers
 from weft.rules.base import Ready, Rule, Scale, inputs
 from weft.testing.example import Example, classification
 
@@ -43,51 +45,6 @@ def direct_feedback(error: Tensor, matrix: Tensor, like: Tensor) -> Tensor:
         like: the stage's output, ``[B, ...]`` or ``[B, T, D]``.
     """
     return (error @ matrix).view(like.shape)
-
-
-class FeedbackFunction(torch.autograd.Function):
-    """A linear map or convolution whose input gradient goes through ``feedback`` in place of ``weight``."""
-
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, feedback: Tensor, conv: Any) -> Tensor:
-        if conv is None:
-            return F.linear(x, weight, bias)
-        return torch.ops.aten.convolution(x, weight, bias, *conv)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, bias, feedback, ctx.conv = inputs
-        ctx.save_for_backward(x, weight, feedback)
-        ctx.save_for_forward(x, feedback)
-        ctx.bias = bias is not None
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        (grad,) = grads
-        x, weight, feedback = ctx.saved_tensors
-        to_x, to_weight, to_bias = ctx.needs_input_grad[:3]
-        if ctx.conv is None:
-            rows, cols = grad.flatten(0, -2), x.flatten(0, -2)
-            dx = grad @ feedback if to_x else None
-            return dx, rows.t() @ cols if to_weight else None, rows.sum(0) if to_bias else None, None, None
-        sizes = [weight.shape[0]] if ctx.bias else None
-        backward = torch.ops.aten.convolution_backward
-        dx = backward(grad, x, feedback, sizes, *ctx.conv, (True, False, False))[0] if to_x else None
-        _, dw, db = backward(grad, x, weight, sizes, *ctx.conv, (False, to_weight, to_bias))
-        return dx, dw, db, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        """The linear map that :meth:`backward` transposes: the input's tangent goes through ``feedback``."""
-        dx, dw, db = tangents[:3]
-        x, feedback = ctx.saved_tensors
-        apply = F.linear if ctx.conv is None else lambda a, w: torch.ops.aten.convolution(a, w, None, *ctx.conv)
-        parts = [apply(dx, feedback)] if dx is not None else []
-        parts += [apply(x, dw)] if dw is not None else []
-        total = torch.stack(parts).sum(0) if parts else 0
-        if db is not None:
-            total = total + (db if ctx.conv is None else db.view(-1, *[1] * (x.ndim - 2)))
-        return total
 
 
 @method(
@@ -151,7 +108,7 @@ class FeedbackAlignment(Rule):
             matrix = self.fixed_normal(weight.shape, weight, name) / math.sqrt(3 * weight[0].numel())
             return FeedbackFunction.apply(x, weight, bias, matrix, conv)
 
-        with Calls({F.linear: replaced, **_convolutions(replaced)}, strict=True):
+        with Calls(handlers(replaced), strict=True):
             scores = self.model(*inputs(x))
         loss = self.criterion(scores, y)
         self.descend([loss], self.trainable(), scale=scale, ready=ready)
@@ -196,29 +153,161 @@ class FeedbackAlignment(Rule):
         return direct_feedback(error, matrix, h) * (self.gain / math.sqrt(features))
 
 
-def _convolutions(replaced: Any) -> dict[Any, Any]:
-    """Handlers of conv1d to conv3d that bring their arguments into the form of ``aten.convolution``."""
-
-    def handler(dims: int) -> Any:
-        def conv(
-            x: Tensor,
-            weight: Tensor,
-            bias: Tensor | None = None,
-            stride: Any = 1,
-            padding: Any = 0,
-            dilation: Any = 1,
-            groups: int = 1,
-        ) -> Tensor:
-            if isinstance(padding, str):
-                raise Unsupported(f"padding={padding!r} under feedback alignment", "padding as a number")
-            sizes = [list(v) if isinstance(v, tuple | list) else [v] * dims for v in (stride, padding, dilation)]
-            return replaced(x, weight, bias, (*sizes, False, [0] * dims, groups))
-
-        return conv
-
-    return {F.conv1d: handler(1), F.conv2d: handler(2), F.conv3d: handler(3)}
-
-
 def example() -> Example:
     """A small MLP and a batch for it."""
     return classification()
+
+
+def _reference(kind: str, gain: float, made: Example, drawn: Any) -> list[Any]:
+    """Gradients of a 3-layer ReLU MLP in numpy; ``drawn(shape, tag...)`` gives the standard normal matrices."""
+    import numpy as np
+
+    weights = [p.detach().numpy() for p in made.model.parameters()]
+    w, b, x, n = weights[0::2], weights[1::2], made.x.numpy(), len(made.y)
+    h1 = np.maximum(0, x @ w[0].T + b[0])
+    h2 = np.maximum(0, h1 @ w[1].T + b[1])
+    scores = h2 @ w[2].T + b[2]
+    e = np.exp(scores - scores.max(1, keepdims=True))
+    e = (e / e.sum(1, keepdims=True) - np.eye(scores.shape[1])[made.y.numpy()]) / n
+    if kind == "chain":
+        d2 = (h2 > 0) * (e @ drawn(w[2].shape, "4.weight") / np.sqrt(3 * w[2].shape[1]))
+        d1 = (h1 > 0) * (d2 @ drawn(w[1].shape, "2.weight") / np.sqrt(3 * w[1].shape[1]))
+    else:
+        d1, d2 = (
+            (h > 0) * (e @ drawn((e.shape[1], h.shape[1]), "direct", k)) * gain / np.sqrt(h.shape[1])
+            for k, h in enumerate((h1, h2))
+        )
+    return [d1.T @ x, d1.sum(0), d2.T @ h1, d2.sum(0), e.T @ h2, e.sum(0)]
+
+
+def _error_against_numpy(kind: str, seed: int) -> float:
+    gain = 0.7
+    made = classification(seed=seed, dtype=torch.float64, batch=9)
+    rule = FeedbackAlignment(made.model, feedback=kind, gain=gain, seed=seed)
+    rule.step(made.x, made.y)
+    like = made.x
+    want = _reference(kind, gain, made, lambda shape, *tags: rule.fixed_normal(shape, like, *tags).numpy())
+    pairs = zip([p.grad for p in made.model.parameters()], want, strict=True)
+    return max(float((g - torch.from_numpy(r)).abs().max()) / float(abs(r).max()) for g, r in pairs if g is not None)
+
+
+@claim(
+    "feedback alignment gives the gradients of its equations written in numpy, to 1e-10 in float64",
+    mutants={
+        "sign": ("grad @ feedback if to_x", "-grad @ feedback if to_x", "weft.ops.feedback"),
+        "scale": ("math.sqrt(3 * weight[0].numel())", "math.sqrt(weight[0].numel())"),
+        "weight gradient": ("rows.t() @ cols if to_weight", "-(rows.t() @ cols) if to_weight", "weft.ops.feedback"),
+    },
+)
+def chain_equations(seed: int) -> Check:
+    """Largest error relative to the largest entry, over all gradients."""
+    return Check(_error_against_numpy("chain", seed), 1e-10)
+
+
+@claim(
+    "direct feedback alignment gives the gradients of its equations written in numpy, to 1e-10 in float64",
+    row=139,
+    method="direct-feedback-alignment",
+    mutants={
+        "sign": ("(error @ matrix).view(like.shape)", "-(error @ matrix).view(like.shape)"),
+        "gain": ("(self.gain / math.sqrt(features))", "(1 / math.sqrt(features))"),
+        "one matrix": ('h, "direct", k)', 'h, "direct", 0)'),
+    },
+)
+def direct_equations(seed: int) -> Check:
+    """Largest error relative to the largest entry, over all gradients."""
+    return Check(_error_against_numpy("direct", seed), 1e-10)
+
+
+@claim(
+    "with the weights themselves as feedback the chain is backpropagation, in a convolutional network too",
+    mutants={
+        "input gradient": (
+            "(True, False, False))[0] if to_x",
+            "(True, False, False))[0].neg() if to_x",
+            "weft.ops.feedback",
+        ),
+        "weight gradient": (
+            "_, dw, db = backward(grad, x,",
+            "_, dw, db = backward(grad, x.abs(),",
+            "weft.ops.feedback",
+        ),
+    },
+)
+def symmetric_feedback(seed: int) -> Check:
+    """Largest error against autograd relative to the largest entry, over all gradients, in float64."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        conv = [nn.Conv2d(2, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 6, 3, stride=2, groups=2), nn.Tanh()]
+        model = nn.Sequential(*conv, nn.Flatten(), nn.Linear(54, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+        x, y = torch.randn(4, 2, 8, 8, dtype=torch.float64), torch.arange(4) % 3
+    want = torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
+    rule = FeedbackAlignment(model, feedback="chain")
+    rule.fixed_normal = lambda shape, w, *tags: w.detach() * math.sqrt(3 * w[0].numel())  # type: ignore[method-assign]
+    rule.step(x, y)
+    pairs = zip(model.parameters(), want, strict=True)
+    return Check(max(float((p.grad - g).abs().max() / g.abs().max()) for p, g in pairs if p.grad is not None), 1e-10)
+
+
+@claim(
+    "no product with a transposed weight is possible: no weight is kept for the way back, where backprop keeps two",
+    row=139,
+    mutants={
+        "chain through weights": (
+            "ctx.save_for_backward(x, feedback)",
+            "ctx.save_for_backward(x, inputs[1])",
+            "weft.ops.feedback",
+        ),
+        "stages not cut": ("given).detach()", "given)", "weft.stages"),
+    },
+)
+def no_transposed_weights(seed: int) -> list[Check]:
+    """Weights of a 3-layer MLP among the tensors saved for backward in one step, by storage."""
+    counts = {}
+    for name in ("chain", "direct", "backprop"):
+        made = classification(seed=seed)
+        weights = {p.untyped_storage().data_ptr() for p in made.model.parameters() if p.ndim == 2}
+        kept: list[int] = []
+
+        def pack(tensor: Tensor, kept: list[int] = kept) -> Tensor:
+            kept.append(tensor.untyped_storage().data_ptr())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            if name == "backprop":
+                F.cross_entropy(made.model(made.x), made.y).backward()
+            else:
+                FeedbackAlignment(made.model, feedback=name).step(made.x, made.y)
+        counts[name] = len(weights.intersection(kept))
+    bounds = {"chain": 0, "direct": 0, "backprop": 2}
+    return [Check(counts[name], bound, "==", f"weights kept by {name}") for name, bound in bounds.items()]
+
+
+@claim(
+    "narrowing the second of three hidden layers from 500 to 10 units drops the cosine of direct feedback's error "
+    "signal with the exact one, at the next hidden layer, to below half",
+    row=139,
+    method="direct-feedback-alignment",
+    mutants={"drawn anew each step": ('h, "direct", k)', 'h, "direct", k, int(self.clock[1]))')},
+)
+def narrow_layer(seed: int) -> list[Check]:
+    """Mean over seeds after training on digits; the wide network's cosine must be above 0.1 for the ratio to count."""
+    wide, narrow = (sum(_signal_cosine(width, 10 * seed + i) for i in range(3)) / 3 for width in (500, 10))
+    return [Check(wide, 0.1, ">=", "cosine at width 500"), Check(narrow / wide, 0.5, "<", "ratio of cosines")]
+
+
+def _signal_cosine(width: int, seed: int) -> float:
+    """Cosine, over the training set, of the signal at the third hidden layer with autograd's, after 5 epochs."""
+    from weft import data
+    from weft.testing.train import digits_mlp, train
+
+    model = digits_mlp((500, width, 500), seed)
+    rule = FeedbackAlignment(model, feedback="direct", seed=seed)
+    train(rule, epochs=5, seed=seed)
+    digits = data.load("digits")
+    assert rule.cut is not None
+    outputs: list[Tensor] = []
+    rule.cut.run(digits.x_train, lambda k, h: outputs.append(h), signals=True)
+    loss = F.cross_entropy(outputs[-1], digits.y_train)
+    exact, error = torch.autograd.grad(loss, [rule.cut.entry(2), outputs[-1]])
+    return float(F.cosine_similarity(rule._signal(2, exact, error).flatten(), exact.flatten(), dim=0))

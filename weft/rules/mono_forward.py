@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from weft.claim import Check, claim
 from weft.errors import StageError, UsageError
 from weft.method import method
 from weft.rules.base import Ready, Rule, Scale
@@ -115,3 +116,85 @@ class MonoForward(Rule):
 def example() -> Example:
     """A small MLP and a batch for it."""
     return classification()
+
+
+@claim(
+    "every gradient, the projections' too, equals that of the layer's own cross-entropy written in numpy, to 1e-10",
+    row=140,
+    mutants={
+        "global loss alone": ("self.descend(losses, self.trainable()", "self.descend(losses[-1:], self.trainable()"),
+        "layers untrained": ("F.linear(h, projection)", "F.linear(h.detach(), projection)"),
+    },
+)
+def local_equations(seed: int) -> Check:
+    """Largest error relative to the largest entry, over all gradients of a 3-layer MLP, in float64."""
+    import numpy as np
+
+    made = classification(seed=seed, dtype=torch.float64, batch=9)
+    rule = MonoForward(made.model, seed=seed)
+    rule.step(made.x, made.y)
+    weights = [p.detach().numpy() for p in made.model.parameters()]
+    projections = [p.detach().numpy() for p in rule.projections]
+    h, onehot, want = made.x.numpy(), np.eye(3)[made.y.numpy()], []
+    for k in range(3):
+        z = h @ weights[2 * k].T + weights[2 * k + 1]
+        out = z if k == 2 else np.maximum(0, z)
+        scores = out if k == 2 else out @ projections[k].T
+        e = np.exp(scores - scores.max(1, keepdims=True))
+        e = (e / e.sum(1, keepdims=True) - onehot) / len(onehot)
+        d = e if k == 2 else (z > 0) * (e @ projections[k])
+        want += [(made.model[2 * k].weight.grad, d.T @ h), (made.model[2 * k].bias.grad, d.sum(0))]  # type: ignore[union-attr]
+        if k < 2:
+            want.append((rule.projections[k].grad, e.T @ out))
+        h = out
+    return Check(max(float(abs(g.numpy() - r).max() / abs(r).max()) for g, r in want), 1e-10)
+
+
+@claim(
+    "a layer's gradient is bit-identical when later layers are changed",
+    row=140,
+    mutants={
+        "scaled by the last loss": ("trainable(), scale=scale", "trainable(), scale=scale * losses[-1].detach()"),
+    },
+)
+def later_layers(seed: int) -> Check:
+    """How many numbers of the first two layers' gradients change when the third and fourth layer change."""
+    made = classification(seed=seed, hidden=(12, 11, 10), batch=16)
+    rule = MonoForward(made.model, seed=seed)
+    found = []
+    for _ in range(2):
+        rule.zero_grad()
+        rule.step(made.x, made.y)
+        own = [*made.model[:4].parameters(), *list(rule.projections)[:2]]
+        found.append(torch.cat([p.grad.flatten() for p in own if p.grad is not None]))
+        with torch.no_grad():
+            for p in made.model[4:].parameters():
+                p.mul_(-2.0).add_(0.1)
+    assert float(found[0].abs().sum()) > 0
+    return Check(int((found[0] != found[1]).sum()), 0, "==")
+
+
+@claim(
+    "mean digits accuracy over 5 seeds of a 3-layer MLP is within 1 point of backprop's after equal epochs",
+    row=140,
+    mutants={
+        "hidden layers untrained": (
+            "self.descend(losses, self.trainable()",
+            "self.descend(losses[-1:], self.trainable()",
+        ),
+    },
+)
+def digits_accuracy_like_backprop(seed: int) -> Check:
+    """Points that backprop is ahead; both with the defaults of this rule's card."""
+    from weft.rules.backprop import Backprop
+    from weft.testing.train import digits_accuracy, digits_mlp, train
+
+    points = {}
+    for kind in (MonoForward, Backprop):
+        total = 0.0
+        for i in range(5):
+            rule = kind(digits_mlp((128, 128), 5 * seed + i), seed=i)
+            train(rule, epochs=16, seed=5 * seed + i, lr=3e-3)
+            total += 100 * digits_accuracy(rule) / 5
+        points[kind] = total
+    return Check(points[Backprop] - points[MonoForward], 1.0)

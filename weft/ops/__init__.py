@@ -1,0 +1,1 @@
+"""What families share, under names from the field."""
