@@ -9,14 +9,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from weft import data, models, rules, stages, testing
-    from weft.claim import Check, check_claims, claim
-    from weft.compare import compare
+    from weft import claim, data, measure, method, models, rules, session, stages, testing
+    from weft.claim import Check, check_claims
+    from weft.comparison import compare
     from weft.errors import DataError, NonFinite, StageError, Unsupported, UsageError, WeftError
-    from weft.fit import fit
-    from weft.measure import measure
-    from weft.method import card, create, method, methods
-    from weft.papers import papers
+    from weft.literature import papers
+    from weft.method import card, create, methods
+    from weft.training import fit
 
 __version__ = "0.1.0"
 
@@ -30,16 +29,13 @@ _WHERE = {
     "WeftError": "weft.errors",
     "card": "weft.method",
     "check_claims": "weft.claim",
-    "claim": "weft.claim",
-    "compare": "weft.compare",
+    "compare": "weft.comparison",
     "create": "weft.method",
-    "fit": "weft.fit",
-    "measure": "weft.measure",
-    "method": "weft.method",
+    "fit": "weft.training",
     "methods": "weft.method",
-    "papers": "weft.papers",
+    "papers": "weft.literature",
 }
-_MODULES = {"data", "models", "rules", "stages", "testing"}
+_MODULES = {"claim", "data", "measure", "method", "models", "rules", "session", "stages", "testing"}
 
 __all__ = [
     "Check",
@@ -62,6 +58,7 @@ __all__ = [
     "models",
     "papers",
     "rules",
+    "session",
     "stages",
     "testing",
 ]

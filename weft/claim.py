@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import math
 import os
+import signal
 import sys
 import time
 import traceback
@@ -247,7 +248,7 @@ def _outcome(
     finite = math.isfinite(measured)
     return {
         "measured": measured if finite else None,
-        "bound": float(shown.bound),
+        "bound": float(shown.bound) if math.isfinite(shown.bound) else None,
         "relation": shown.relation,
         "what": shown.what or None,
         "holds": not failed,
@@ -261,12 +262,13 @@ def _outcome(
 def _child(writer: Any, owner: Card, one: ClaimCard, mutant: str | None, seed: int) -> None:
     import torch
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its children
     torch.set_num_threads(1)
     start = time.process_time()
     try:
         module = importlib.import_module(owner.module) if mutant is None else mutated(owner, one, mutant)
         result = getattr(module, one.function)(seed)
-        checks = [result] if isinstance(result, Check) else list(result)
+        checks = [result] if isinstance(result, Check) else list(result) if isinstance(result, Iterable) else []
         if not checks or not all(isinstance(check, Check) for check in checks):
             raise WeftError(f"{one.function} in {owner.module} returned {result!r}; a claim returns Check, or several")
         outcome = _outcome(checks, time.process_time() - start)

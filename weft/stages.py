@@ -54,6 +54,7 @@ class Cut:
         self.at = tuple(at)
         self._owners: list[list[str]] = []
         self._trained: tuple[bool, ...] = ()
+        self._unshared: list[list[str]] = []
         self._entries: dict[int, Tensor] = {}
         self._changed: set[int] = set()
         self._seen_modes: set[bool] = set()
@@ -125,8 +126,7 @@ class Cut:
 
             return behind
 
-        modules = dict(self.model.named_modules())
-        handles = [modules[name].register_forward_hook(hook(k)) for k, name in enumerate(self.at)]
+        handles = [self.model.get_submodule(name).register_forward_hook(hook(k)) for k, name in enumerate(self.at)]
         try:
             out = self.model(*x) if isinstance(x, tuple) else self.model(x)
         finally:
@@ -161,19 +161,22 @@ class Cut:
     def shared(self) -> dict[str, list[int]]:
         """Parameters that more than one stage uses, by tied weights or a skip across a boundary: name -> stages."""
         stages: dict[str, list[int]] = {}
-        for k in range(len(self)):
-            for name in self.names(k):
+        for k, names in enumerate(self._owners):
+            for name in names:
                 stages.setdefault(name, []).append(k)
         return {name: ks for name, ks in stages.items() if len(ks) > 1}
 
     def require_unshared(self, who: str) -> None:
         """Raise StageError where a parameter belongs to several stages, as a local rule must."""
+        if self._unshared == self._owners:
+            return
         if shared := self.shared():
             listed = ", ".join(f"{name} (stages {', '.join(map(str, ks))})" for name, ks in shared.items())
             raise StageError(
                 f"{who} trains each stage on its own, but these parameters are in several: {listed}. "
                 "Untie them, or cut so that a skip does not cross a boundary (at=[...])"
             )
+        self._unshared = list(self._owners)
 
     def width(self, k: int) -> int:
         """Channels of what stage ``k`` gives, from the last sized module before the boundary, without a forward.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -54,10 +55,9 @@ class FeedbackFunction(torch.autograd.Function):
         apply = F.linear if ctx.conv is None else lambda a, w: torch.ops.aten.convolution(a, w, None, *ctx.conv)
         parts = [apply(dx, feedback)] if dx is not None else []
         parts += [apply(x, dw)] if dw is not None else []
-        total = torch.stack(parts).sum(0) if parts else 0
         if db is not None:
-            total = total + (db if ctx.conv is None else db.view(-1, *[1] * (x.ndim - 2)))
-        return total
+            parts.append(db if ctx.conv is None else db.view(-1, *[1] * (x.ndim - 2)))
+        return functools.reduce(torch.add, parts)
 
 
 def handlers(replaced: Replacement) -> dict[Any, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
@@ -38,8 +39,7 @@ class Rule(nn.Module):
 
     updates: ClassVar[str] = "grad"
     stages: str = "none"
-    method_name: ClassVar[str] = ""
-    clock: Tensor
+    method_name: str = ""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class Rule(nn.Module):
             raise UsageError(f"{type(self).__name__} needs no stages; leave at= out")
         self.model = model
         self.loss = loss
-        self.register_buffer("clock", torch.tensor([seed, 0]))
+        self.clock = [int(seed), 0]
         self.cut = stages.cut(model, at) if self.stages != "none" else None
         self._fixed: dict[Any, Tensor] = {}
 
@@ -92,7 +92,7 @@ class Rule(nn.Module):
 
     def rng(self, *tags: Any, fixed: bool = False, device: Any = "cpu") -> torch.Generator:
         """A private generator, seeded by (seed, number of steps so far, tags); by (seed, tags) where ``fixed``."""
-        seed, count = (int(v) for v in self.clock)
+        seed, count = self.clock
         key = repr((seed, None if fixed else count, tags)).encode()
         digest = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
         return torch.Generator(device=device).manual_seed(digest % 2**63)
@@ -102,11 +102,19 @@ class Rule(nn.Module):
 
         It depends on the seed, the tags and the shape alone, and is therefore not part of the state.
         """
-        key = (int(self.clock[0]), tuple(shape), like.dtype, like.device, tags)
+        key = (self.clock[0], tuple(shape), like.dtype, like.device, tags)
         if key not in self._fixed:
             drawn = torch.randn(*shape, generator=self.rng(*tags, fixed=True), dtype=torch.float64)
             self._fixed[key] = drawn.to(like.device, like.dtype)
         return self._fixed[key]
+
+    def get_extra_state(self) -> Tensor:
+        """The seed and the number of steps taken, int64 ``[2]``: all that the rule's random numbers depend on."""
+        return torch.tensor(self.clock)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Go on from a saved seed and number of steps."""
+        self.clock = [int(v) for v in state]
 
     def extra_parameters(self) -> int:
         """Numbers that the rule holds beside the model: its own parameters and fixed random matrices."""
@@ -136,7 +144,7 @@ class Rule(nn.Module):
             Unsupported: when there is such state and the rule does not say how.
         """
         model = {id(b) for b in self.model.buffers()}
-        own = [n for n, b in self.named_buffers() if id(b) not in model and b is not self.clock]
+        own = [n for n, b in self.named_buffers() if id(b) not in model]
         if own:
             raise Unsupported(f"{type(self).__name__} has running state {own} and no way to reduce it", "one process")
 
@@ -178,19 +186,30 @@ class Rule(nn.Module):
             return
         given = gradients or [None] * len(tensors)
         heads = [(t, g) for t, g in zip(tensors, given, strict=True) if t.requires_grad]
+        whole = isinstance(scale, float) and scale == 1.0
         arriving = [
-            torch.as_tensor(scale, dtype=t.dtype, device=t.device).expand(t.shape) if g is None else g * scale
+            g if whole else torch.as_tensor(scale, dtype=t.dtype, device=t.device) if g is None else g * scale
             for t, g in heads
         ]
+        if ready is None:
+            # Faster than backward(inputs=...), which copies every gradient.
+            outputs = [t for t, _ in heads]
+            found = (
+                torch.autograd.grad(outputs, leaves, arriving, allow_unused=True) if heads else (None,) * len(leaves)
+            )
+            for leaf, gradient in zip(leaves, found, strict=True):
+                if leaf.grad is None:
+                    leaf.grad = torch.zeros_like(leaf) if gradient is None else gradient
+                elif gradient is not None:
+                    leaf.grad += gradient
+            return
         handed: set[int] = set()
-        handles = []
-        if ready is not None:
 
-            def hand_over(leaf: Tensor) -> None:
-                handed.add(id(leaf))
-                ready(leaf)  # type: ignore[arg-type]
+        def hand_over(leaf: Tensor) -> None:
+            handed.add(id(leaf))
+            ready(leaf)  # type: ignore[arg-type]
 
-            handles = [leaf.register_post_accumulate_grad_hook(hand_over) for leaf in leaves]
+        handles = [leaf.register_post_accumulate_grad_hook(hand_over) for leaf in leaves]
         try:
             if heads:
                 torch.autograd.backward([t for t, _ in heads], arriving, inputs=leaves)
@@ -201,8 +220,7 @@ class Rule(nn.Module):
             if id(leaf) not in handed:
                 if leaf.grad is None:
                     leaf.grad = torch.zeros_like(leaf)
-                if ready is not None:
-                    ready(leaf)  # type: ignore[arg-type]
+                ready(leaf)  # type: ignore[arg-type]
 
 
 def inputs(x: Any) -> tuple[Any, ...]:
@@ -222,7 +240,10 @@ def check_labels(scores: Tensor, y: Tensor) -> None:
     shape = (scores.shape[0], *scores.shape[2:])
     if scores.ndim < 2 or y.shape != shape:
         raise DataError(f"labels of shape {tuple(y.shape)} do not fit scores of shape {tuple(scores.shape)}")
-    used = y[y != IGNORED] if (y == IGNORED).any() else y
+    low, high = (int(v) for v in y.aminmax())
+    if low >= 0 and high < scores.shape[1]:
+        return
+    used = y[y != IGNORED]
     if used.numel() == 0:
         raise DataError("every label of the batch is -100 (ignored); leave such batches out")
     low, high = (int(v) for v in used.aminmax())
@@ -235,9 +256,10 @@ def check_labels(scores: Tensor, y: Tensor) -> None:
 def check_finite(losses: Iterable[Tensor]) -> None:
     """Raise NonFinite where a loss is infinite or not a number."""
     for loss in losses:
-        if not torch.isfinite(loss.detach()):
+        value = loss.item()
+        if not math.isfinite(value):
             raise NonFinite(
-                f"the loss is {float(loss.detach())}; nothing was added to any gradient. Lower the learning rate, "
+                f"the loss is {value}; nothing was added to any gradient. Lower the learning rate, "
                 "clip gradients, or look for such values in the data"
             )
 
@@ -252,8 +274,8 @@ def check_batch(model: nn.Module, x: Any, y: Any) -> None:
     if first.shape[0] != y.shape[0]:
         raise DataError(f"x has {first.shape[0]} rows and y has {y.shape[0]}")
     weight = next((p for p in model.parameters() if p.is_floating_point()), None)
-    autocast = torch.is_autocast_enabled(first.device.type)
-    if weight is not None and first.is_floating_point() and first.dtype != weight.dtype and not autocast:
+    mixed = weight is not None and first.is_floating_point() and first.dtype != weight.dtype
+    if weight is not None and mixed and not torch.is_autocast_enabled(first.device.type):
         raise DataError(f"x is {first.dtype} and the model {weight.dtype}; convert one of them")
 
 

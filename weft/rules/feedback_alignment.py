@@ -150,7 +150,7 @@ class FeedbackAlignment(Rule):
             )
         features = h[0, 0].numel() if tokens else h[0].numel()
         matrix = self.fixed_normal((error.shape[-1], features), h, "direct", k)
-        return direct_feedback(error, matrix, h) * (self.gain / math.sqrt(features))
+        return direct_feedback(error * (self.gain / math.sqrt(features)), matrix, h)
 
 
 def example() -> Example:

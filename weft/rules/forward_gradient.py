@@ -85,7 +85,7 @@ class ForwardGradient(Rule):
         """One forward pass for each direction, without gradients; see :meth:`weft.rules.base.Rule.step`."""
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
-        def loss(parameters: Mapping[str, Tensor]) -> Tensor:
+        def loss(parameters: dict[str, Tensor]) -> Tensor:
             return self.criterion(torch.func.functional_call(self.model, parameters, inputs(x)), y)
 
         estimate: dict[str, Tensor] = {}
@@ -167,7 +167,12 @@ def no_tape(seed: int) -> list[Check]:
     direction = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
     exact = torch.autograd.grad(torch.nn.functional.cross_entropy(made.model(made.x), made.y), parameters)
     saved: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         rule.step(made.x, made.y)
     slope = sum((g * v).sum() for g, v in zip(exact, direction, strict=True))
     errors = [

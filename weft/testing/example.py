@@ -22,7 +22,7 @@ class Example:
         options: keyword arguments of the method.
     """
 
-    model: nn.Module
+    model: Any
     x: Any
     y: Tensor
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from weft.cards import Card
 from weft.errors import DataError, NonFinite, StageError, Unsupported, UsageError
@@ -92,12 +92,12 @@ def scale_and_accumulation(card: Card) -> None:
     once = gradients(rule, x, y)
     assert same(gradients(rule, x, y, scale=4.0), once, factor=4.0, tolerance=1e-6)
     assert same(gradients(rule, x, y, scale=torch.tensor(0.5)), once, factor=0.5, tolerance=1e-6)
-    clock = rule.clock.clone()
+    clock = list(rule.clock)
     for p, g in zip(rule.trainable(), once, strict=True):
         p.grad = g.clone()
     rule.step(x, y)
     assert same([p.grad for p in rule.trainable()], once, factor=2.0, tolerance=1e-6)
-    assert int(rule.clock[1]) == int(clock[1]) + 1, "a step counts itself once"
+    assert rule.clock[1] == clock[1] + 1, "a step counts itself once"
 
 
 def ready_once(card: Card) -> None:
@@ -193,17 +193,21 @@ def equal_seeds(card: Card) -> None:
     assert same(leaves(one, x, y), leaves(three, x, y)), "a deep copy goes on differently"
 
 
+def _numpy_state() -> str:
+    return repr(numpy.random.get_state(legacy=False))
+
+
 def global_rng(card: Card) -> None:
     """Building, stepping and predicting leave every global generator as it was."""
     made = card.example()
     model = copy.deepcopy(made.model)
-    before = (torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1])
+    before = (torch.get_rng_state(), random.getstate(), _numpy_state())
     rule = card.build(model, **made.options)
     rule.step(made.x, made.y)
     rule(made.x)
     assert torch.equal(before[0], torch.get_rng_state()), "torch's global generator was used"
     assert before[1] == random.getstate(), "random's global generator was used"
-    assert (before[2] == numpy.random.get_state()[1]).all(), "numpy's global generator was used"
+    assert before[2] == _numpy_state(), "numpy's global generator was used"
 
 
 def prediction(card: Card) -> None:
@@ -267,7 +271,7 @@ def bad_input(card: Card) -> None:
     first = x[0] if isinstance(x, tuple) else x
     rest = x[1:] if isinstance(x, tuple) else None
 
-    def with_first(part: Tensor) -> Any:
+    def with_first(part: Any) -> Any:
         return part if rest is None else (part, *rest)
 
     classes = rule(x).shape[-1]

@@ -22,10 +22,10 @@ def build(card: Card, made: Example | None = None, **options: Any) -> tuple[Any,
 
 def gradients(rule: Any, x: Any, y: Tensor, **how: Any) -> list[Tensor]:
     """Gradients of one step from none, in the order of ``trainable()``; the rule's clock is put back."""
-    clock = rule.clock.clone()
+    clock = list(rule.clock)
     rule.zero_grad(set_to_none=True)
     rule.step(x, y, **how)
-    rule.clock.copy_(clock)
+    rule.clock = clock
     return [p.grad.clone() for p in rule.trainable()]
 
 

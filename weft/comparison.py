@@ -18,8 +18,8 @@ from weft import data as data_sets
 from weft import measure, models
 from weft.cards import Card
 from weft.errors import Unsupported, UsageError, WeftError, unknown
-from weft.fit import Epoch, build_optimizer, evaluate, fit, settings_of
 from weft.method import card, methods
+from weft.training import Epoch, build_optimizer, evaluate, fit, settings_of
 
 if TYPE_CHECKING:
     from weft.data import Dataset

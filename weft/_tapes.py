@@ -1,0 +1,217 @@
+"""The contract `Tape`, what it is told and what it returns, and composition (public through `weft.session`)."""
+
+from __future__ import annotations
+
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from weft._ledger import Ledger
+from weft.errors import WeftError
+
+if TYPE_CHECKING:
+    from weft.session import Session
+
+OUTSIDE = "(outside)"  # where a tensor is saved while no module of the model runs: the loss, the caller's own code
+
+_NORM = re.compile(r"norm(\dd)?$", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What a tape is told about a tensor that is about to be kept.
+
+    Attributes:
+        module: qualified name of the innermost running module, "" for the model itself, `OUTSIDE` for none.
+        module_class: its class, or None outside.
+        shape: the tensor's shape.
+        dtype: the tensor's dtype.
+        producer: name of the node that computed it (``"ReluBackward0"``), or None for an input of the graph.
+        numel: number of elements.
+        part: True for a tensor that an earlier tape of a composition left, not one of the model's own.
+    """
+
+    module: str
+    module_class: type[nn.Module] | None
+    shape: torch.Size
+    dtype: torch.dtype
+    producer: str | None
+    numel: int
+    part: bool = False
+
+
+@dataclass(slots=True, eq=False, weakref_slot=True)
+class Kept:
+    """What a tape keeps in a tensor's place; it lives exactly as long as the graph needs it.
+
+    Attributes:
+        tensors: every tensor that is held in memory: these are counted, and the next tape packs them.
+        meta: whatever else `Tape.unpack` needs; give files and handles a finalizer on this object or on the `Kept`.
+        shape, dtype, device: those of the original, which `Tape.unpack` must return.
+    """
+
+    tensors: tuple[Tensor, ...]
+    meta: Any
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, original: Tensor, *tensors: Tensor, meta: Any = None) -> Self:
+        """A `Kept` with the shape, dtype and device of ``original``."""
+        return cls(tensors, meta, original.shape, original.dtype, original.device)
+
+
+class Tape(ABC):
+    """A way to keep tensors between the passes. Implement `pack`, `unpack` and `bytes`; set ``exact``.
+
+    Both calls run without gradients and autocast, on detached tensors that must not be changed in place.
+
+    Attributes:
+        exact: True if `unpack` returns every bit of what was packed.
+        terminal: True if its `Kept` holds no tensors, so that no tape may follow in a composition.
+    """
+
+    exact: bool = False
+    terminal: bool = False
+
+    def __str__(self) -> str:
+        return type(self).__name__
+
+    def takes(self, saved: Saved) -> bool:
+        """Whether to pack this tensor; what is not taken is kept as a reference.
+
+        Default: floating, at least 4,096 elements, not saved by a normalisation layer (whose statistics carry all
+        later precision). Of the parts that an earlier tape left: all if this tape is exact, else the floating ones.
+        """
+        if saved.part:
+            return self.exact or saved.dtype.is_floating_point
+        norm = saved.module_class is not None and _NORM.search(saved.module_class.__name__)
+        return saved.dtype.is_floating_point and saved.numel >= 4096 and not norm
+
+    @abstractmethod
+    def pack(self, tensor: Tensor, saved: Saved) -> Kept:
+        """What to keep instead of ``tensor``."""
+
+    @abstractmethod
+    def unpack(self, kept: Kept) -> Tensor:
+        """A tensor of ``kept.shape``, ``kept.dtype`` and ``kept.device``; called once for each use, in any order."""
+
+    @abstractmethod
+    def bytes(self, shape: torch.Size, dtype: torch.dtype) -> int:
+        """Bytes of memory that a taken tensor of this shape and dtype occupies while it is kept."""
+
+    def __or__(self, other: Tape) -> Tape:
+        """``a | b`` packs with ``a``, then with ``b`` what ``a`` left.
+
+        Raises:
+            WeftError: ``a`` leaves no tensors; known here if it is ``terminal``, else found at its first pack.
+        """
+        if not isinstance(other, Tape):
+            return NotImplemented
+        return Composition(self, other)
+
+    def on(self, model: nn.Module, where: str | Iterable[str] | None = None) -> Session:
+        """A context in which this tape packs what ``model`` saves for backward.
+
+        Args:
+            model: whose parameters and buffers are never packed and whose modules are named.
+            where: glob or globs on qualified module names (``"layers.*"``); a tensor is packed if a matching module
+                is running, itself or around the one that saves. None: everywhere, also outside the model.
+
+        Raises:
+            UsageError: on entry, for a pattern that matches no module.
+            WeftError: on entry, inside another session or another pair of saved-tensor hooks.
+        """
+        from weft.session import Session  # it is built on this contract
+
+        return Session(model, self, where)
+
+
+class Reference(Tape):
+    """Keeps every tensor as it is: plain PyTorch, accounted for."""
+
+    exact = True
+
+    def takes(self, saved: Saved) -> bool:
+        return True
+
+    def pack(self, tensor: Tensor, saved: Saved) -> Kept:
+        return Kept.of(tensor, tensor)
+
+    def unpack(self, kept: Kept) -> Tensor:
+        return kept.tensors[0]
+
+    def bytes(self, shape: torch.Size, dtype: torch.dtype) -> int:
+        return math.prod(shape) * dtype.itemsize
+
+
+class Composition(Tape):
+    """First ``left``, then ``right`` on each tensor that ``left`` keeps and ``right`` takes."""
+
+    def __init__(self, left: Tape, right: Tape) -> None:
+        self.left, self.right = left, right
+        self.exact = left.exact and right.exact
+        self.terminal = right.terminal
+        if left.terminal:
+            raise self._nothing_left()
+
+    def __str__(self) -> str:
+        return f"{self.left} | {self.right}"
+
+    def _nothing_left(self) -> WeftError:
+        left, right = self.left, self.right
+        return WeftError(
+            f"{left} | {right}: {left} keeps no tensors, so {right} would pack nothing. Tapes pack from left to right: "
+            f"put the one that keeps no tensors last, {right} | {left}"
+        )
+
+    def takes(self, saved: Saved) -> bool:
+        return self.left.takes(saved) or self.right.takes(saved)
+
+    def pack(self, tensor: Tensor, saved: Saved) -> Kept:
+        inner = self.left.pack(tensor, saved) if self.left.takes(saved) else None
+        parts = (tensor,) if inner is None else inner.tensors
+        if inner is not None:
+            # The parts belong to the outer Kept now; `inner` itself must live on for its finalizers.
+            inner.tensors = ()
+            if not parts:
+                raise self._nothing_left()
+        tensors: list[Tensor] = []
+        pieces: list[tuple[Kept | None, int]] = []
+        for part in parts:
+            about = saved
+            if inner is not None:
+                about = replace(saved, shape=part.shape, dtype=part.dtype, numel=part.numel(), part=True)
+            piece = self.right.pack(part, about) if self.right.takes(about) else None
+            held = (part,) if piece is None else piece.tensors
+            if piece is not None:
+                piece.tensors = ()
+            tensors += held
+            pieces.append((piece, len(held)))
+        return Kept.of(tensor, *tensors, meta=(inner, pieces))
+
+    def unpack(self, kept: Kept) -> Tensor:
+        inner, pieces = kept.meta
+        tensors = iter(kept.tensors)
+        parts = []
+        for piece, count in pieces:
+            held = tuple(next(tensors) for _ in range(count))
+            parts.append(held[0] if piece is None else self.right.unpack(replace(piece, tensors=held)))
+        return parts[0] if inner is None else self.left.unpack(replace(inner, tensors=tuple(parts)))
+
+    def bytes(self, shape: torch.Size, dtype: torch.dtype) -> int:
+        """Measured on a standard normal sample, since what the left tape leaves is known only from packing."""
+        sample = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+        saved = Saved(OUTSIDE, None, sample.shape, dtype, None, sample.numel())
+        if not self.takes(saved):
+            return sample.numel() * dtype.itemsize
+        kept, ledger = self.pack(sample, saved), Ledger()
+        ledger.hold(kept.tensors, OUTSIDE)
+        return ledger.now
