@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from weft.comparison import compare
     from weft.errors import DataError, NonFinite, StageError, Unsupported, UsageError, WeftError
     from weft.literature import papers
+    from weft.measuring import measure_step
     from weft.method import card, create, methods
     from weft.training import fit
 
@@ -32,6 +33,7 @@ _WHERE = {
     "compare": "weft.comparison",
     "create": "weft.method",
     "fit": "weft.training",
+    "measure_step": "weft.measuring",
     "methods": "weft.method",
     "papers": "weft.literature",
 }
@@ -53,6 +55,7 @@ __all__ = [
     "data",
     "fit",
     "measure",
+    "measure_step",
     "method",
     "methods",
     "models",

@@ -86,13 +86,15 @@ def _sequential(model: nn.Sequential) -> list[str]:
     return ends
 
 
-def channels(module: nn.Module) -> int | None:
+def channels(module: nn.Module) -> tuple[int, bool] | None:
+    """How many channels a module's output has, and whether they are its last dimension; None where it does not tell."""
+    first = hasattr(module, "kernel_size") or hasattr(module, "num_features")
     for attribute in ("out_features", "out_channels", "embedding_dim", "num_features", "embed_dim", "hidden_size"):
         value = getattr(module, attribute, None)
         if isinstance(value, int):
-            return value
+            return value, not first
     shape = getattr(module, "normalized_shape", None)
-    return int(shape[-1]) if shape else None
+    return (int(shape[-1]), True) if shape else None
 
 
 def reached(h: Tensor, names: dict[int, str]) -> list[str]:

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import ast
+import contextlib
 import dataclasses
 import importlib
-import importlib.util
 import math
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
-import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from multiprocessing import connection, get_context
-from pathlib import Path
 from typing import Any, TypeVar
 
 from weft.cards import Card, ClaimCard
 from weft.errors import UsageError, WeftError, unknown
 from weft.method import card, methods
+from weft.mutants import mutated
 
 F = TypeVar("F", bound=Callable[..., Any])
 RELATIONS: dict[str, Callable[[float, float], bool]] = {
@@ -204,9 +203,10 @@ def _pool(
                 process = fork.Process(target=_child, args=(writer, owner, one, job[1], seed), daemon=True)
                 sys.stdout.flush()
                 sys.stderr.flush()
-                process.start()
+                with _uninterrupted():
+                    process.start()
+                    running[reader] = (job, process, time.monotonic() + max(60.0, 20 * one.budget))
                 writer.close()
-                running[reader] = (job, process, time.monotonic() + max(60.0, 20 * one.budget))
             ready = connection.wait(list(running), timeout=1.0)
             for reader in [r for r in running if r in ready or time.monotonic() > running[r][2]]:
                 job, process, _ = running.pop(reader)
@@ -225,6 +225,22 @@ def _pool(
         for _, process, _ in running.values():
             process.kill()
             process.join()
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Hold Ctrl-C back until the end: Python loses an exception that is raised in the callbacks around a fork."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[tuple[int, Any]] = []
+    before = signal.signal(signal.SIGINT, lambda *given: held.append(given))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if held and callable(before):
+        before(*held[0])
 
 
 def _outcome(
@@ -277,53 +293,3 @@ def _child(writer: Any, owner: Card, one: ClaimCard, mutant: str | None, seed: i
         outcome = _outcome((), time.process_time() - start, text, traceback.format_exc())
     writer.send(outcome)
     writer.close()
-
-
-def mutated(owner: Card, one: ClaimCard, mutant: str) -> types.ModuleType:
-    """The method's module with one mutant applied, in place of the true one in this process's ``sys.modules``.
-
-    Raises:
-        WeftError: when the mutant's text does not occur exactly once outside the file's claims.
-    """
-    tree = ast.parse(owner.path.read_text(encoding="utf-8"))
-    node = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == one.function)
-    literal = next(k for d in node.decorator_list if isinstance(d, ast.Call) for k in d.keywords if k.arg == "mutants")
-    old, new, *elsewhere = ast.literal_eval(literal.value)[mutant]
-    if not elsewhere:
-        return _replaced(owner.module, owner.path, old, new)
-    spec = importlib.util.find_spec(elsewhere[0])
-    if spec is None or spec.origin is None:
-        raise WeftError(f"mutant {mutant!r} of {one.function} names no module: {elsewhere[0]!r}")
-    _replaced(elsewhere[0], Path(spec.origin), old, new)
-    untouched = {elsewhere[0], "weft.errors", "weft.cards", "weft.method", "weft.claim"}
-    for loaded in [name for name in sys.modules if name.startswith("weft.") and name not in untouched]:
-        del sys.modules[loaded]
-    sys.modules.pop(owner.module, None)
-    return importlib.import_module(owner.module)
-
-
-def _replaced(name: str, path: Path, old: str, new: str) -> types.ModuleType:
-    """A module run from its source with ``old`` replaced by ``new``, which must occur once outside its claims."""
-    source = path.read_text(encoding="utf-8")
-    lines = source.splitlines(keepends=True)
-    claims = [n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and _is_claim(n)]
-    protected = {i for n in claims for i in range(n.decorator_list[0].lineno - 1, n.end_lineno or 0)}
-    body = "".join("\0\n" if i in protected else line for i, line in enumerate(lines))
-    if body.count(old) != 1:
-        raise WeftError(f"the text {old!r} of a mutant occurs {body.count(old)} times in {path}, not once")
-    held = iter([line for i, line in enumerate(lines) if i in protected])
-    text = "".join(next(held) if x == "\0\n" else x for x in body.replace(old, new).splitlines(keepends=True))
-    module = types.ModuleType(name)
-    module.__file__ = str(path)
-    module.__package__ = name.rpartition(".")[0]
-    sys.modules[name] = module
-    if module.__package__:
-        setattr(importlib.import_module(module.__package__), name.rpartition(".")[2], module)
-    exec(compile(text, str(path), "exec"), module.__dict__)
-    return module
-
-
-def _is_claim(node: ast.FunctionDef) -> bool:
-    return any(
-        isinstance(d, ast.Call) and ast.unparse(d.func).rpartition(".")[2] == "claim" for d in node.decorator_list
-    )

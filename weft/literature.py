@@ -72,9 +72,9 @@ def _covered() -> dict[int, tuple[list[str], int]]:
         for row in card.papers:
             names.setdefault(row, []).append(card.name)
         for claim in card.claims:  # the same for all cards of a file
-            for row in claim.row if isinstance(claim.row, list) else [claim.row]:
-                if row is not None:
-                    claims.setdefault(row, set()).add((card.module, claim.function))
+            for stated in claim.row if isinstance(claim.row, list) else [claim.row]:
+                if stated is not None:
+                    claims.setdefault(stated, set()).add((card.module, claim.function))
     return {row: (names.get(row, []), len(claims.get(row, ()))) for row in {*names, *claims}}
 
 

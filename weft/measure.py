@@ -32,7 +32,6 @@ __all__ = [
     "environment",
     "exact_gradient",
     "kept_bytes",
-    "measure",
     "operations",
     "peak_bytes",
     "step_ratio",
@@ -251,9 +250,6 @@ def take_apart(
         parameters=sum(parameter.numel() for parameter in trained),
         why={} if plain else dict.fromkeys(("forward_seconds", "backward_seconds"), reason),
     )
-
-
-measure = take_apart  # the name that `weft.measure` and the command line have for it
 
 
 def _loss(model: nn.Module, x: Any, y: Tensor, loss: Loss) -> Tensor:

@@ -184,8 +184,15 @@ class Cut:
         Raises:
             StageError: when no module up to the boundary tells.
         """
+        return self._channels(k)[0]
+
+    def channels_last(self, k: int) -> bool:
+        """Whether the channels of what stage ``k`` gives are its last dimension (``[B, T, D]``), not its second."""
+        return self._channels(k)[1]
+
+    def _channels(self, k: int) -> tuple[int, bool]:
         boundary = self.at[k] if k < len(self.at) else ""
-        last: int | None = None
+        last: tuple[int, bool] | None = None
         inside = False
         for name, module in self.model.named_modules():
             belongs = not boundary or name == boundary or name.startswith(f"{boundary}.")

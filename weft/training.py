@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from weft.data import Dataset
 
 OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
+    "adam": lambda parameters, lr: torch.optim.Adam(parameters, lr=lr, fused=True),
+    "adamw": lambda parameters, lr: torch.optim.AdamW(parameters, lr=lr, fused=True),
     "sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr, momentum=0.9),
     "rmsprop": torch.optim.RMSprop,
 }

@@ -33,8 +33,8 @@ class FeedbackFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        (grad,) = grads
         x, feedback = ctx.saved_tensors
+        grad = grads[0].to(x.dtype)  # under autocast what comes back is narrower
         to_x, to_weight, to_bias = ctx.needs_input_grad[:3]
         if ctx.conv is None:
             rows, cols = grad.flatten(0, -2), x.flatten(0, -2)

@@ -30,7 +30,7 @@ from weft.claim import Check, claim
 from weft.errors import Unsupported, UsageError, unknown
 from weft.method import method
 from weft.ops.feedback import FeedbackFunction, handlers
-from weft.rules.base import Ready, Rule, Scale, inputs
+from weft.rules.base import Ready, Rule, Scale, check_finite, inputs
 from weft.testing.example import Example, classification
 
 FEEDBACKS = ("chain", "direct")
@@ -77,13 +77,7 @@ class FeedbackAlignment(Rule):
     stages = "cut"
 
     def __init__(
-        self,
-        model: nn.Module,
-        *,
-        feedback: str = "chain",
-        gain: float = 1.0,
-        backward: str = "joint",
-        **common: Any,
+        self, model: nn.Module, *, feedback: str = "chain", gain: float = 1.0, backward: str = "joint", **common: Any
     ) -> None:
         if feedback not in FEEDBACKS:
             raise UsageError(unknown("feedback", feedback, list(FEEDBACKS)))
@@ -121,33 +115,26 @@ class FeedbackAlignment(Rule):
         last = scores.detach().requires_grad_()
         loss = self.criterion(last, y)
         (error,) = torch.autograd.grad(loss, last)
-        signals = [self._signal(k, h, error) for k, h in enumerate(outputs[:-1])] + [error]
         if self.backward == "joint":
-            self.descend(
-                [loss.detach(), *outputs], self.trainable(), gradients=[None, *signals], scale=scale, ready=ready
-            )
+            signals = [self._signal(k, h, error) for k, h in enumerate(outputs[:-1])]
+            heads = [loss.detach(), *outputs]
+            self.descend(heads, self.trainable(), gradients=[None, *signals, error], scale=scale, ready=ready)
             return loss
-        return self._by_stage(outputs, signals, loss, scale, ready)
-
-    def _by_stage(
-        self, outputs: list[Tensor], signals: list[Tensor], loss: Tensor, scale: Scale, ready: Ready | None
-    ) -> Tensor:
-        assert self.cut is not None
         self.cut.require_unshared("direct feedback with backward='stage'")
+        check_finite([loss])
         left = {id(p): p for p in self.trainable()}
         while outputs:
-            k = len(outputs) - 1
+            h, k = outputs.pop(), len(outputs)
             own = [p for p in self.cut.parameters(k) if left.pop(id(p), None) is not None]
-            self.descend([outputs.pop()], own, gradients=[signals.pop()], scale=scale, ready=ready)
+            signal = self._signal(k, h, error) if k < len(self.cut) - 1 else error
+            self.descend([h], own, gradients=[signal], scale=scale, ready=ready)
         self.descend([], left.values(), scale=scale, ready=ready)
         return loss
 
     def _signal(self, k: int, h: Tensor, error: Tensor) -> Tensor:
         tokens = error.ndim == 3
         if tokens and h.shape[:2] != error.shape[:2]:
-            raise Unsupported(
-                f"stage {k} gives {tuple(h.shape)}, without the tokens of the scores {tuple(error.shape)}"
-            )
+            raise Unsupported(f"stage {k} gives {tuple(h.shape)}, without the tokens of {tuple(error.shape)}")
         features = h[0, 0].numel() if tokens else h[0].numel()
         matrix = self.fixed_normal((error.shape[-1], features), h, "direct", k)
         return direct_feedback(error * (self.gain / math.sqrt(features)), matrix, h)

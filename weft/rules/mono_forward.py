@@ -2,8 +2,8 @@
 
     G_k = h_k M_k^T  [B, K],   L_k = CE(G_k, y),   dL_k / d(W_k, M_k) only;   h_k is detached for stage k + 1
 
-The last stage's scores are its goodness. Activations ``[B, C, ...]`` are averaged over all but batch and channels;
-``[B, T, D]`` with labels ``[B, T]`` are projected token by token.
+The last stage's scores are its goodness. Activations are averaged over all but batch and channels; ``[B, T, D]`` with
+labels ``[B, T]`` are projected token by token.
 
 Paper: "Mono-Forward: Backpropagation-Free Algorithm for Efficient Neural Network Training Harnessing Local Errors",
 James Gong, Bruce Li, Waleed Abdulla, 2025, arXiv:2501.09238.
@@ -25,16 +25,17 @@ from weft.rules.base import Ready, Rule, Scale
 from weft.testing.example import Example, classification
 
 
-def goodness(h: Tensor, projection: Tensor, *, tokens: bool = False) -> Tensor:
+def goodness(h: Tensor, projection: Tensor, *, tokens: bool = False, channels_last: bool = False) -> Tensor:
     """Class scores of a layer's activations.
 
     Args:
-        h: activations ``[B, D]``, ``[B, C, ...]``, or ``[B, T, D]`` with ``tokens``.
+        h: activations ``[B, D]``, ``[B, C, ...]``, or ``[B, ..., D]`` with ``channels_last``.
         projection: ``[K, D]`` (or ``[K, C]``).
-        tokens: score each of T tokens: ``[B, T, K]``.
+        tokens: score each of the T tokens of ``[B, T, D]``: ``[B, T, K]``.
+        channels_last: where the channels are; everything between batch and channels is averaged.
     """
     if h.ndim > 2 and not tokens:
-        h = h.flatten(2).mean(2)
+        h = h.flatten(1, -2).mean(1) if channels_last else h.flatten(2).mean(2)
     return F.linear(h, projection)
 
 
@@ -95,14 +96,15 @@ class MonoForward(Rule):
         return losses[-1]
 
     def _scores(self, k: int, h: Tensor, y: Tensor) -> Tensor:
-        tokens = h.ndim == 3 and h.shape[:2] == y.shape
+        assert self.cut is not None
+        last = self.cut.channels_last(k)
         projection = self.projections[k]
-        if h.shape[2 if tokens else 1] != projection.shape[1]:
+        if h.shape[-1 if last else 1] != projection.shape[1]:
             raise StageError(
-                f"stage {k} gives {tuple(h.shape)}, where {projection.shape[1]} channels were expected; "
-                "cut behind a layer whose output has its channels in dimension 1 (at=[...])"
+                f"stage {k} gives {tuple(h.shape)}, where {projection.shape[1]} channels were expected in dimension "
+                f"{h.ndim - 1 if last else 1}; cut behind a layer whose output has them there (at=[...])"
             )
-        return goodness(h, projection, tokens=tokens)
+        return goodness(h, projection, tokens=last and h.shape[:-1] == y.shape and y.ndim > 1, channels_last=last)
 
     def _own(self, k: int, left: dict[int, nn.Parameter]) -> list[nn.Parameter]:
         """What stage ``k`` trains, taken out of ``left``."""
