@@ -138,8 +138,11 @@ class _Runner:
     def __init__(self, data: Dataset, how: dict[str, Any], on_event: Event) -> None:
         self.data, self.how, self.on_event = data, how, on_event
         self.measured: dict[str, dict[str, Any]] = {}
-        index = next(data_sets.batches(len(data.y_train), how["batch_size"], seed=how["seed"], epoch=0))
-        self.batch = (data.x_train[index], data.y_train[index])
+
+    def batch(self, seed: int) -> tuple[Tensor, Tensor]:
+        """The first batch of a run: what a step and its alignment are measured on."""
+        index = next(data_sets.batches(len(self.data.y_train), self.how["batch_size"], seed=seed, epoch=0))
+        return self.data.x_train[index], self.data.y_train[index]
 
     def model(self, seed: int) -> nn.Module:
         """The model with its initial weights, the same for every rule."""
@@ -183,13 +186,14 @@ class _Runner:
         record |= {key: self.measured[one.name][key] for key in MEASURED}
         record["why"] |= self.measured[one.name]["why"]
         cosines: dict[str, float | None] = {}
+        batch = self.batch(seed)
 
         def after(epoch: Epoch) -> None:
             record["curve"].append(
                 {"epoch": epoch.epoch, "loss": epoch.loss, "validation_accuracy": epoch.validation_accuracy}
             )
             if epoch.epoch in (1, how["epochs"]):
-                value, why = cosine_to_exact(one, rule, *self.batch)
+                value, why = cosine_to_exact(one, rule, *batch)
                 if epoch.epoch == 1:
                     cosines["first"] = value
                 if epoch.epoch == how["epochs"]:
@@ -234,7 +238,7 @@ class _Runner:
     def _measure(self, one: Card, rule: Any) -> dict[str, Any]:
         """Step time against backprop's, bytes kept and peak bytes, of copies."""
         found: dict[str, Any] = {"why": {}}
-        x, y = self.batch
+        x, y = self.batch(self.how["seed"])
 
         def stepper(made: Any) -> Callable[[], Any]:
             def step() -> None:
