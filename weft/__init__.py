@@ -6,6 +6,7 @@ Importing this package imports neither torch nor numpy: everything is loaded whe
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from weft.training import fit
 
 __version__ = "0.1.0"
+
+_HERE = Path(__file__).parent
 
 _WHERE = {
     "Check": "weft.claim",
@@ -37,8 +40,6 @@ _WHERE = {
     "methods": "weft.method",
     "papers": "weft.literature",
 }
-_MODULES = {"claim", "data", "measure", "method", "models", "rules", "session", "stages", "testing"}
-
 __all__ = [
     "Check",
     "DataError",
@@ -70,7 +71,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _WHERE:
         return getattr(importlib.import_module(_WHERE[name]), name)
-    if name in _MODULES:
+    if not name.startswith("_") and any((_HERE / found).exists() for found in (f"{name}.py", f"{name}/__init__.py")):
         return importlib.import_module(f"weft.{name}")
     raise AttributeError(f"module 'weft' has no attribute {name!r}")
 

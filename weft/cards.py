@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import importlib
 import re
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -108,8 +109,7 @@ class Card:
         entries = []
         for cite in self.citations:
             people = [p.strip() for p in re.split(r", | and ", cite["authors"]) if p.strip()]
-            word = re.sub(r"[^a-z]", "", cite["title"].split()[-1].lower())
-            key = re.sub(r"[^a-z]", "", people[0].split()[-1].lower()) + cite["year"] + word
+            key = _plain(people[0].split()[-1]) + cite["year"] + _plain(cite["title"].split()[-1])
             lines = [f"  title = {{{cite['title']}}},", f"  author = {{{' and '.join(people)}}},"]
             lines.append(f"  year = {{{cite['year']}}},")
             if cite["where"]:
@@ -252,6 +252,12 @@ def _options(node: ast.ClassDef | ast.FunctionDef) -> Iterator[Option]:
             continue
         annotation = ast.unparse(argument.annotation) if argument.annotation else ""
         yield Option(argument.arg, annotation, ast.unparse(default))
+
+
+def _plain(word: str) -> str:
+    """The Latin letters of a word, in lower case and without accents."""
+    bare = unicodedata.normalize("NFKD", word.lower().replace("ø", "o").replace("ß", "ss"))
+    return re.sub(r"[^a-z]", "", bare)
 
 
 def _joined(doc: str) -> str:

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from multiprocessing import connection, get_context
 from typing import Any, TypeVar
@@ -74,7 +75,7 @@ def claim(
         statement: what the paper says, as one sentence.
         row: the paper's row in ``papers.tsv``, several, or None for a property that no paper states.
         tier: ``"fast"`` (core dependencies, one thread, at most 5 core-seconds) or ``"slow"``.
-        budget: core-seconds that it needs at most; twenty times that, and at least a minute, ends it as an error.
+        budget: core-seconds that it needs at most; twenty times that (at least a minute) ends it as an error.
         method: the card or variant it speaks of, where the file holds several; the first one by default.
         mutants: name -> (source text, replacement), or with a third entry that names the shared module it is in. The
             text occurs once in that file outside the claims, and with the replacement the claim must fail.
@@ -89,19 +90,22 @@ def claim(
 def select(
     names: Iterable[str] = (), *, family: str | None = None, row: int | None = None, slow: bool = False
 ) -> list[tuple[Card, ClaimCard]]:
-    """The claims of the named methods (of all, where none is named), each once, under the card that it speaks of."""
-    chosen = [card(name) for name in names] or methods()
-    wanted = {(c.module, c.variant_of or c.name) for c in chosen if family in (None, c.family)}
+    """The claims of the named methods (of all, where none is named), each once, under the card that it speaks of.
+
+    A variant has the claims that speak of it and those that speak of no card in particular.
+    """
+    chosen = [c for c in ([card(name) for name in names] or methods()) if family in (None, c.family)]
     found = []
     for owner in methods():
-        if owner.variant_of is not None or (owner.module, owner.name) not in wanted:
+        named = {c.name for c in chosen if c.module == owner.module and owner.name in (c.name, c.variant_of)}
+        if owner.variant_of is not None or not named:
             continue
         for one in owner.claims:
             rows = one.row if isinstance(one.row, list) else [one.row]
             if (one.tier == "slow" and not slow) or (row is not None and row not in rows):
                 continue
-            speaks_of = next((c for c in methods() if c.name == one.method and c.module == owner.module), owner)
-            if (speaks_of, one) not in found:
+            if one.method is None or one.method in named:
+                speaks_of = next((c for c in methods() if c.name == one.method and c.module == owner.module), owner)
                 found.append((speaks_of, one))
     return found
 
@@ -117,7 +121,7 @@ def check_claims(
     workers: int | None = None,
     on_record: Callable[[dict[str, Any]], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Run claims, each in a process forked from this one with one torch thread, and return a record for each.
+    """Run claims, each in a process forked from this one, with one torch thread, and return their records.
 
     Args:
         names: methods or variants; all of them where none is given.
@@ -194,53 +198,57 @@ def _pool(
     fork = get_context("fork")
     waiting = list(reversed(jobs))
     running: dict[Any, tuple[tuple[int, str | None], Any, float]] = {}
-    try:
-        while waiting or running:
-            while waiting and len(running) < workers:
-                job = waiting.pop()
-                owner, one = chosen[job[0]]
-                reader, writer = fork.Pipe(duplex=False)
-                process = fork.Process(target=_child, args=(writer, owner, one, job[1], seed), daemon=True)
-                sys.stdout.flush()
-                sys.stderr.flush()
-                with _uninterrupted():
-                    process.start()
+    with _interrupts_held() as interrupts:
+        try:
+            while waiting or running:
+                while waiting and len(running) < workers and not interrupts:
+                    job = waiting.pop()
+                    owner, one = chosen[job[0]]
+                    reader, writer = fork.Pipe(duplex=False)
+                    process = fork.Process(target=_child, args=(writer, owner, one, job[1], seed), daemon=True)
+                    sys.stdout.flush()
+                    sys.stderr.flush()
+                    with warnings.catch_warnings():
+                        # Python 3.12 warns of a fork beside threads; the child uses none of them.
+                        warnings.simplefilter("ignore", DeprecationWarning)
+                        process.start()
                     running[reader] = (job, process, time.monotonic() + max(60.0, 20 * one.budget))
-                writer.close()
-            ready = connection.wait(list(running), timeout=1.0)
-            for reader in [r for r in running if r in ready or time.monotonic() > running[r][2]]:
-                job, process, _ = running.pop(reader)
-                outcome = _outcome(error="ran past twenty times its budget and was ended")
-                if reader in ready:
-                    try:
-                        outcome = reader.recv()
-                    except EOFError:
-                        process.join()
-                        outcome = _outcome(error=f"the process ended with exit code {process.exitcode}")
-                process.kill() if process.is_alive() and reader not in ready else None
+                    writer.close()
+                ready = connection.wait(list(running), timeout=0.2)
+                if interrupts:
+                    raise KeyboardInterrupt
+                for reader in [r for r in running if r in ready or time.monotonic() > running[r][2]]:
+                    job, process, _ = running.pop(reader)
+                    outcome = _outcome(error="ran past twenty times its budget and was ended")
+                    if reader in ready:
+                        try:
+                            outcome = reader.recv()
+                        except EOFError:
+                            process.join()
+                            outcome = _outcome(error=f"the process ended with exit code {process.exitcode}")
+                    else:
+                        process.kill()
+                    process.join()
+                    reader.close()
+                    finished(job, outcome)
+        finally:
+            for _, process, _ in running.values():
+                process.kill()
                 process.join()
-                reader.close()
-                finished(job, outcome)
-    finally:
-        for _, process, _ in running.values():
-            process.kill()
-            process.join()
 
 
 @contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Hold Ctrl-C back until the end: Python loses an exception that is raised in the callbacks around a fork."""
+def _interrupts_held() -> Iterator[list[Any]]:
+    """Inside, Ctrl-C adds to the list: raised just anywhere, Python would lose it in the callbacks around a fork."""
+    held: list[Any] = []
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield held
         return
-    held: list[tuple[int, Any]] = []
     before = signal.signal(signal.SIGINT, lambda *given: held.append(given))
     try:
-        yield
+        yield held
     finally:
         signal.signal(signal.SIGINT, before)
-    if held and callable(before):
-        before(*held[0])
 
 
 def _outcome(
@@ -250,10 +258,7 @@ def _outcome(
     shown = (failed or list(checks)[-1:] or [None])[0]  # type: ignore[list-item]
     if shown is None:
         return {
-            "measured": None,
-            "bound": None,
-            "relation": None,
-            "what": None,
+            **dict.fromkeys(("measured", "bound", "relation", "what")),
             "holds": False,
             "status": "error",
             "seconds": seconds,

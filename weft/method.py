@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from weft.cards import Card, read_cards
+from weft.cards import CONTRACTS, Card, read_cards
 from weft.errors import UsageError, WeftError, unknown
 
 ENTRY_POINT = "weft.methods"
@@ -56,8 +56,18 @@ def method(
 
 
 def methods(family: str | None = None, contract: str | None = None) -> list[Card]:
-    """Every card that the package and the entry points ``weft.methods`` hold, variants included, by family and name."""
+    """Every card that the package and the entry points ``weft.methods`` hold, variants included, by family and name.
+
+    Raises:
+        UsageError: for a family or a contract that no method has; the message lists the nearest.
+    """
     cards = _catalogue()
+    for kind, given, valid in (
+        ("family", family, {c.family for c in cards}),
+        ("contract", contract, {*CONTRACTS}),
+    ):
+        if given is not None and given not in valid:
+            raise UsageError(unknown(kind, given, sorted(valid), "of methods"))
     return [c for c in cards if family in (None, c.family) and contract in (None, c.contract)]
 
 
@@ -88,13 +98,13 @@ def exports(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]
     family = package.rpartition(".")[2]
 
     def lookup(name: str) -> Any:
-        for found in methods(family):
-            if found.export == name:
+        for found in _catalogue():
+            if found.family == family and found.export == name:
                 return found.build if found.variant_of else found.load()
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
     def listing() -> list[str]:
-        return sorted({*vars(sys.modules[package]), *(c.export for c in methods(family))})
+        return sorted({*vars(sys.modules[package]), *(c.export for c in _catalogue() if c.family == family)})
 
     return lookup, listing
 

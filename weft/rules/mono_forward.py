@@ -185,8 +185,8 @@ def later_layers(seed: int) -> Check:
     row=140,
     mutants={
         "hidden layers untrained": (
-            "self.descend(losses, self.trainable()",
-            "self.descend(losses[-1:], self.trainable()",
+            "self.descend(losses, trained",
+            "self.descend(losses[-1:], trained",
         ),
     },
 )

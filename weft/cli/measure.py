@@ -1,0 +1,66 @@
+"""``weft measure``: one training step taken apart."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from weft.cli.output import AsJson, number, print_json, quiet_stdout, stdout, table
+from weft.cli.shared import Batch, DataDir, DataName, ModelName, Seed, Threads, size
+
+
+def measure(
+    model: ModelName = "mlp",
+    data: DataName = "digits",
+    data_dir: DataDir = None,
+    rule: Annotated[
+        str | None,
+        typer.Option("--rule", metavar="R", help="A rule.", show_default="plain backprop"),
+    ] = None,
+    batch_size: Batch = 128,
+    seed: Seed = 0,
+    threads: Threads = 1,
+    as_json: AsJson = False,
+) -> int:
+    """Take one training step apart: time, bytes kept by module, peak bytes, operations."""
+    with quiet_stdout():
+        import weft
+
+        document = weft.measure_step(
+            model, data, rule, data_dir=data_dir, batch_size=batch_size, seed=seed, threads=threads
+        )
+    if as_json:
+        print_json(document)
+    else:
+        _show(document)
+    return 0
+
+
+def _show(document: dict[str, Any]) -> None:
+    console, counts = stdout(), document["operations"]
+    made = table("one step", "", numbers=("",))
+    for label, key in (("forward", "forward_seconds"), ("backward", "backward_seconds"), ("step", "step_seconds")):
+        seconds = document[key]
+        made.add_row(f"{label}, CPU time", "-" if seconds is None else f"{number(1000 * seconds, 3)} ms")
+    made.add_row("kept for the way back, at most", size(document["kept_bytes"]))
+    made.add_row("peak, gradients included", size(document["peak_bytes"]))
+    made.add_row("peak, gradients allocated before", size(document["peak_bytes_without_gradients"]))
+    made.add_row("floating-point operations", f"{counts['total']:,}")
+    made.add_row("  of these in the model's forward", f"{counts['forward']:,}")
+    made.add_row("trained parameters", f"{document['parameters']:,}")
+    console.print(made)
+    if document["kept_by_module"]:
+        kept = table("kept by", "bytes", "", numbers=("bytes", ""))
+        total = max(1, document["kept_bytes"])
+        for name, value in sorted(document["kept_by_module"].items(), key=lambda item: -item[1]):
+            kept.add_row(name or "(the model itself)", size(value), f"{100 * value / total:.0f} %")
+        console.print()
+        console.print(kept)
+    for key, why in document["why"].items():
+        console.print(f"{key}: {why}")
+    how = document["settings"]
+    console.print(
+        f"\n{how['model']} on {how['data']}, batch {how['batch_size']}, rule {how['rule'] or 'none (plain backprop)'}, "
+        f"{how['threads']} thread{'s' * (how['threads'] > 1)}; optimizer excluded"
+    )
