@@ -82,7 +82,8 @@ class Rule(nn.Module):
 
         Raises:
             DataError: for an empty batch or labels of the wrong shape, dtype or range.
-            NonFinite: for a loss that is not finite; then nothing is added to any gradient.
+            NonFinite: for a loss that is not finite; then nothing is added to any gradient (by ``backward="stage"``, to
+                none of the stages that have not had their turn).
         """
         raise Unsupported(f"{type(self).__name__} implements no step")
 

@@ -60,7 +60,7 @@ def directionals(loss: Loss, parameters: Mapping[str, Tensor], tangents: dict[st
     family="rules",
     papers=[9],
     tags={"unbiased", "no-tape"},
-    defaults={"optimizer": "sgd", "lr": 2e-4, "schedule": "cosine"},
+    defaults={"optimizer": "adam", "lr": 2e-3, "schedule": "cosine"},
 )
 class ForwardGradient(Rule):
     """The forward gradient, for any model whose operations have a forward derivative.

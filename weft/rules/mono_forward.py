@@ -181,17 +181,32 @@ def later_layers(seed: int) -> Check:
 
 
 @claim(
-    "mean digits accuracy over 5 seeds of a 3-layer MLP is within 1 point of backprop's after equal epochs",
+    "mean digits accuracy over 5 seeds of a 3-layer MLP is within 2 points of backprop's after 15 epochs",
     row=140,
     mutants={
-        "hidden layers untrained": (
-            "self.descend(losses, trained",
-            "self.descend(losses[-1:], trained",
-        ),
+        "hidden layers untrained": ("self.descend(losses, trained", "self.descend(losses[-1:], trained"),
     },
 )
-def digits_accuracy_like_backprop(seed: int) -> Check:
-    """Points that backprop is ahead; both with the defaults of this rule's card."""
+def digits_accuracy_after_15_epochs(seed: int) -> Check:
+    """Points that backprop is ahead of (128, 128); both by Adam, 5e-3 with a cosine to zero, batch 64."""
+    return Check(_points_behind(seed, (128, 128), epochs=15, lr=5e-3), 2.0)
+
+
+@claim(
+    "mean digits accuracy over 5 seeds of a 3-layer MLP is within 1 point of backprop's after 60 epochs",
+    row=140,
+    tier="slow",
+    budget=120.0,
+    mutants={
+        "hidden layers untrained": ("self.descend(losses, trained", "self.descend(losses[-1:], trained"),
+    },
+)
+def digits_accuracy_after_60_epochs(seed: int) -> Check:
+    """Points that backprop is ahead of (256, 256); both by Adam, 3e-3 with a cosine to zero, batch 64."""
+    return Check(_points_behind(seed, (256, 256), epochs=60, lr=3e-3), 1.0)
+
+
+def _points_behind(seed: int, hidden: tuple[int, ...], *, epochs: int, lr: float) -> float:
     from weft.rules.backprop import Backprop
     from weft.testing.train import digits_accuracy, digits_mlp, train
 
@@ -199,8 +214,8 @@ def digits_accuracy_like_backprop(seed: int) -> Check:
     for kind in (MonoForward, Backprop):
         total = 0.0
         for i in range(5):
-            rule = kind(digits_mlp((128, 128), 5 * seed + i), seed=i)
-            train(rule, epochs=16, seed=5 * seed + i, lr=3e-3)
+            rule = kind(digits_mlp(hidden, 5 * seed + i), seed=i)
+            train(rule, epochs=epochs, seed=5 * seed + i, lr=lr)
             total += 100 * digits_accuracy(rule) / 5
         points[kind] = total
-    return Check(points[Backprop] - points[MonoForward], 1.0)
+    return points[Backprop] - points[MonoForward]

@@ -27,7 +27,7 @@ def train(rule: Any, *, epochs: int, batch_size: int = 64, seed: int = 0, lr: fl
     digits = data.load("digits")
     defaults = card(rule.method_name).defaults
     rate = lr or defaults.get("lr", 1e-3)
-    optimizer = torch.optim.Adam(rule.trainable(), lr=rate)
+    optimizer = torch.optim.Adam(rule.trainable(), lr=rate, fused=True)
     total = epochs * math.ceil(len(digits.y_train) / batch_size)
     done = 0
     for epoch in range(epochs):

@@ -1,0 +1,44 @@
+"""``python -m benchmarks [steps] [memory] [mnist] [peers]``: steps and memory by default; a few minutes each.
+
+Every file of results holds the figures with the environment (commit, machine, versions) that they were measured in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks import memory, mnist, peers, steps
+from weft import measure
+
+PARTS = {"steps": steps.run, "memory": memory.run, "mnist": mnist.run, "peers": peers.run}
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> None:
+    """Run the parts asked for, one after another, on one thread."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], default=[], metavar="PART", help=", ".join(PARTS))
+    chosen = parser.parse_args().parts or ["steps", "memory"]
+    torch.set_num_threads(1)
+    RESULTS.mkdir(exist_ok=True)
+    for name in chosen:
+        rows = PARTS[name](lambda line: print(line, file=sys.stderr, flush=True))  # noqa: T201
+        document = {"rows": rows, "environment": measure.environment()}
+        (RESULTS / f"{name}.json").write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        _show(name, rows)
+
+
+def _show(name: str, rows: list[dict[str, object]]) -> None:
+    keys = [key for key in rows[0] if not isinstance(rows[0][key], dict | list)]
+    lines = [f"\n{name}", " | ".join(keys)]
+    for row in rows:
+        lines.append(" | ".join(f"{v:.4g}" if isinstance(v := row[key], float) else str(v) for key in keys))
+    print("\n".join(lines))  # noqa: T201
+
+
+main()

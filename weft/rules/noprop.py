@@ -1,0 +1,300 @@
+"""Train every block alone to recover the label from a noised label; prediction chains the blocks.
+
+    z_t = sqrt(A_t) u_y + sqrt(1 - A_t) e,   e ~ N(0, I),   A_0 < ... < A_T: from noise to almost clean     [B, K]
+    L = CE(out(z_T), y) + KL(q(z_0|y) || N(0, I)) + eta/2 sum_t (S_t - S_{t-1}) |u_t(z_{t-1}, x) - u_y|^2,   S = A/(1-A)
+    prediction: z_0 = 0,   z_t = a_t u_t(z_{t-1}, x) + b_t z_{t-1},   scores out(z_T)
+    r = A_{t-1} / A_t,   a_t = sqrt(A_t) (1 - r) / (1 - A_{t-1}),   b_t = sqrt(r) (1 - A_t) / (1 - A_{t-1})
+
+The discrete-time version with fixed one-hot embeddings u_y; u_t is the softmax of block t, a fresh copy of the user's
+model up to its last linear layer, joined with an embedding of z. The paper adds noise of variance
+c_t = (1 - A_t) (1 - r) / (1 - A_{t-1}) to each step of the prediction; its mean is taken here, which scored higher on
+validation. A block sees a share of the batch's rows, drawn anew each step: an unbiased estimate of L.
+
+Paper: "NoProp: Training Neural Networks without Back-propagation or Forward-propagation", Qinyu Li, Yee Whye Teh,
+Razvan Pascanu, 2025, arXiv:2503.24322.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from weft.claim import Check, claim
+from weft.errors import Unsupported, UsageError
+from weft.method import method
+from weft.rules.base import IGNORED, Ready, Rule, Scale, check_labels
+from weft.stages import frozen_statistics
+from weft.testing.example import Example, classification
+
+EMBEDDING, HIDDEN = 64, 128  # units that read z, and units that join them with the features of x
+
+
+def cosine_schedule(steps: int) -> list[float]:
+    """A_0 .. A_T: the share of a noised label's variance that is the label, from nearly none to nearly all."""
+    return [1e-3 + 0.998 * math.cos((1 - t / steps) * math.pi / 2) ** 2 for t in range(steps + 1)]
+
+
+def transition(before: float, after: float) -> tuple[float, float, float]:
+    """a, b and c of ``z_t = a u + b z_{t-1} + sqrt(c) e``, from A_{t-1} to A_t; a^2 / c is S_t - S_{t-1}."""
+    ratio, noise = before / after, 1 - before
+    a = math.sqrt(after) * (1 - ratio) / noise
+    return a, math.sqrt(ratio) * (1 - after) / noise, (1 - after) * (1 - ratio) / noise
+
+
+def noised(label: Tensor, kept: float, noise: Tensor) -> Tensor:
+    """A draw of q(z|y), from embeddings ``[B, K]`` and standard normal ``noise`` ``[B, K]``."""
+    return math.sqrt(kept) * label + math.sqrt(1 - kept) * noise
+
+
+class Block(nn.Module):
+    """u_t: from inputs ``[B, ...]`` and noised labels ``[B, K]`` to probabilities of the labels ``[B, K]``."""
+
+    def __init__(self, model: nn.Module, end: str, width: int, classes: int) -> None:
+        super().__init__()
+        self.end = nn.Identity()
+        self.trunk = nn.Sequential(copy.deepcopy(model)).cpu()
+        self.trunk.set_submodule(f"0.{end}".rstrip("."), self.end)
+        for module in self.trunk.modules():
+            if callable(reset := getattr(module, "reset_parameters", None)):
+                reset()
+        self.embedding = nn.Linear(classes, EMBEDDING)
+        self.join = nn.Linear(width + EMBEDDING, HIDDEN)
+        self.out = nn.Linear(HIDDEN, classes)
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        """Probabilities ``[B, K]``."""
+        ends: list[Tensor] = []
+        with self.end.register_forward_hook(lambda module, args, out: ends.append(out)):
+            given = self.trunk(x)
+        if len(ends) != 1 or given is not ends[0] or given.shape != (len(x), self.join.in_features - EMBEDDING):
+            raise Unsupported("the model does not end with its last linear layer", "a model that gives its scores")
+        return self.out(torch.relu(self.join(torch.cat([given, torch.relu(self.embedding(z))], 1)))).softmax(1)
+
+
+@method(
+    "noprop",
+    contract="rule",
+    family="rules",
+    papers=[30],
+    tags={"own-model", "local"},
+    defaults={"optimizer": "adamw", "lr": 1e-3, "schedule": "cosine"},
+)
+class NoProp(Rule):
+    """NoProp in discrete time; ``step`` returns the estimate of L. The user's model is a pattern and stays as it is.
+
+    Args:
+        model: any model from one real-valued input ``[B, ...]`` to ``[B, K]`` that ends with an ``nn.Linear``.
+        blocks: T, how many blocks are chained; each costs as much memory as the model.
+        eta: the weight of the denoising terms.
+        share: of a batch's rows that each block sees in a step; 1.0 is the paper's, at 1 / ``share`` times the cost.
+        backward: ``"joint"``: one backward pass through all blocks' losses at the end; ``"stage"``: each block's as
+            soon as it has run, so that no more than one block's activations are kept.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        blocks: int = 10,
+        eta: float = 0.1,
+        share: float = 0.3,
+        backward: str = "joint",
+        **common: Any,
+    ) -> None:
+        super().__init__(model, **common)
+        if blocks < 1 or not 0 < share <= 1 or not 0 < eta < math.inf or backward not in ("joint", "stage"):
+            wanted = "wanted are blocks >= 1, 0 < share <= 1, eta > 0, backward='joint' or 'stage'"
+            raise UsageError(f"{blocks=}, {share=}, {eta=}, {backward=}; {wanted}")
+        self.eta, self.share, self.backward, self.kept = eta, share, backward, cosine_schedule(blocks)
+        heads = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        if not heads or heads[-1][1].out_features < 2:
+            raise Unsupported("noprop builds on a model that ends with an nn.Linear of two classes or more", "backprop")
+        end, head = heads[-1]
+        self.classes = head.out_features
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self.rng("blocks", fixed=True).initial_seed())
+            drawn = [Block(model, end, head.in_features, self.classes) for _ in range(blocks)]
+            self.out = nn.Linear(self.classes, self.classes).to(head.weight)
+        nn.init.eye_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+        self.blocks = nn.ModuleList(drawn).to(head.weight).requires_grad_()
+
+    def trainable(self) -> list[nn.Parameter]:
+        """The parameters of the rule's own blocks and output layer."""
+        return [p for group in self.groups() for p in group]
+
+    def groups(self) -> list[list[nn.Parameter]]:
+        """The parameters of each block, then those of the output layer: none has a part in another's gradient."""
+        return [[p for p in part.parameters() if p.requires_grad] for part in (*self.blocks, self.out)]
+
+    def step(self, x: Any, y: Tensor, *, scale: Scale = 1.0, ready: Ready | None = None) -> Tensor:
+        """A forward and a backward pass of each block on its own; see :meth:`weft.rules.base.Rule.step`."""
+        x = self._checked(x, y)
+        check_labels(x.new_empty(len(x), self.classes), y)
+        if not (used := y != IGNORED).all():
+            x, y = x[used], y[used]
+        # KL(q(z_0|y) || N(0, I)), the same for each label, whose embedding has length 1
+        total = x.new_tensor(0.5 * (self.kept[0] - self.classes * (self.kept[0] + math.log1p(-self.kept[0]))))
+        losses = []
+        for loss, own in zip(self.losses(x, y), self.groups(), strict=True):
+            total = total + loss.detach()
+            losses.append(loss)
+            if self.backward == "stage":
+                self.descend([losses.pop()], own, scale=scale, ready=ready)
+        self.descend(losses, self.trainable() if losses else [], scale=scale, ready=ready)
+        return total
+
+    def losses(self, x: Tensor, y: Tensor) -> Iterator[Tensor]:
+        """The term of each block in L on its rows of ``x`` ``[B, ...]`` and ``y`` ``[B]``, then the output layer's."""
+        label = torch.nn.functional.one_hot(y, self.classes).to(self.out.weight.dtype)
+        for t, block in enumerate(self.blocks):
+            rows = self.rows(t, y)
+            z = noised(label[rows], self.kept[t], self.noise(t, label[rows]))
+            a, _, c = transition(self.kept[t], self.kept[t + 1])
+            yield 0.5 * self.eta * a * a / c * (block(x[rows], z) - label[rows]).square().sum(1).mean()
+        yield self.criterion(self.out(noised(label, self.kept[-1], self.noise(len(self.blocks), label))), y)
+
+    def rows(self, t: int, y: Tensor) -> Tensor:
+        """Indices of the rows that block ``t`` sees; each row falls to as many blocks, or one more or less."""
+        count = min(len(y), max(2, math.ceil(self.share * len(y))))
+        order = torch.randperm(len(y), generator=self.rng("rows"))
+        return order.roll(-(t * len(y) // len(self.blocks)))[:count].to(y.device)
+
+    def noise(self, t: int, like: Tensor) -> Tensor:
+        """This step's standard normal noise for block ``t``, or for the output layer as block T."""
+        return torch.randn(like.shape, generator=self.rng("noise", t), dtype=like.dtype).to(like.device)
+
+    def forward(self, x: Any) -> Tensor:
+        """Scores ``[B, K]`` of the output layer at the end of the chain, without noise."""
+        x = self._checked(x)
+        z = torch.zeros(len(x), self.classes, dtype=self.out.weight.dtype, device=x.device)
+        with frozen_statistics(self.blocks):
+            for block, before, after in zip(self.blocks, self.kept[:-1], self.kept[1:], strict=True):
+                a, b, _ = transition(before, after)
+                z = a * block(x, z) + b * z
+        return self.out(z)
+
+    def _checked(self, x: Any, y: Tensor | None = None) -> Tensor:
+        if isinstance(x, tuple) or not x.is_floating_point():
+            raise Unsupported("noprop joins a noised label with one real-valued input, no tokens", "mono-forward")
+        if y is not None and (y.dtype != torch.int64 or (y.ndim == 2 and x.ndim == 3 and x.shape[:2] == y.shape)):
+            raise Unsupported("noprop noises one class for each row, no number and no sequence", "mono-forward")
+        return x
+
+
+def example() -> Example:
+    """A small MLP and a batch for it."""
+    return classification(blocks=3)
+
+
+@claim(
+    "the gradient of a block's loss with respect to every other block and the output layer is exactly zero",
+    row=30,
+    mutants={
+        "chained": ("z = noised(label[rows],", "z = noised((label if t < 1 else self.blocks[t - 1](x, label))[rows],"),
+        "target through the output layer": ("label[rows]).square()", "self.out(label[rows])).square()"),
+    },
+)
+def other_blocks(seed: int) -> list[Check]:
+    """Numbers that are not zero in gradients of a loss by its own parameters (the fewest), and by all others."""
+    made = classification(seed=seed, classes=4, batch=16)
+    rule, own, others = NoProp(made.model, blocks=4, seed=seed), list[int](), 0
+    for t, loss in enumerate(rule.losses(made.x, made.y)):
+        grads = [torch.autograd.grad(loss, g, retain_graph=True, allow_unused=True) for g in rule.groups()]
+        counts = [sum(int((g != 0).sum()) for g in found if g is not None) for found in grads]
+        own.append(counts.pop(t))
+        others += sum(counts)
+    return [Check(min(own), 10, ">=", "entries by its own parameters"), Check(others, 0, "==", "entries by others'")]
+
+
+@claim(
+    "a step of the prediction takes q(z_{t-1}|y) to q(z_t|y) where the block knows u_y, in mean and variance, and "
+    "a^2 / c is the gain in signal-to-noise ratio, to 1e-12",
+    row=30,
+    mutants={
+        "weight of u": ("math.sqrt(after) * (1 - ratio)", "math.sqrt(before) * (1 - ratio)"),
+        "weight of z": ("math.sqrt(ratio) * (1 - after)", "ratio * (1 - after)"),
+        "variance": ("(1 - after) * (1 - ratio) / noise", "(1 - before) * (1 - ratio) / noise"),
+        "not to the end": ("return [1e-3 + 0.998 *", "return [1e-3 + 0.9 *"),
+    },
+)
+def schedule_identities(seed: int) -> Check:
+    """Largest relative error over the steps of a schedule of 2 to 41 blocks, and of its ends."""
+    kept = cosine_schedule(2 + seed % 40)
+    errors = [kept[0] - 1e-3, kept[-1] - 0.999]
+    for before, after in itertools.pairwise(kept):
+        a, b, c = transition(before, after)
+        mean, variance, gain = a + b * before**0.5, b * b * (1 - before) + c, 1 / (1 - after) - 1 / (1 - before)
+        errors += [mean / after**0.5 - 1, variance / (1 - after) - 1, a * a / c / gain - 1]
+    return Check(max(map(abs, errors)), 1e-12)
+
+
+@claim(
+    "the loss of a step is the paper's equation 8 and the scores are the end of the chain, written in numpy with the "
+    "same noise, to 1e-10 in float64; each row falls to the same share of blocks",
+    row=30,
+    mutants={
+        "weight": ("0.5 * self.eta", "self.eta"),
+        "noise level": ("self.kept[t], self.noise", "self.kept[t + 1], self.noise"),
+        "divergence left out": ("total = x.new_tensor(0.5", "total = x.new_tensor(0.0"),
+        "noise kept in the prediction": ("z = a * block(x, z) + b * z", "z = a * block(x, z) + z"),
+        "always the same rows": ("order.roll(-(t * len(y) // len(self.blocks)))", "order"),
+    },
+)
+def equation_8(seed: int) -> list[Check]:
+    """Relative error of the loss, absolute error of the scores, and how far blocks per row are from half of six."""
+    import numpy as np
+
+    made = classification(seed=seed, classes=4, batch=16, dtype=torch.float64)
+    rule = NoProp(made.model, blocks=6, eta=0.3, share=0.5, seed=seed)
+    nn.init.uniform_(rule.out.weight, -1, 1, generator=torch.Generator().manual_seed(seed))
+    u, w = np.eye(4)[made.y.numpy()], rule.out.weight.detach().numpy().T
+    kept = [1e-3 + 0.998 * np.sin(t / 6 * np.pi / 2) ** 2 for t in range(7)]
+    z, seen, want = np.zeros_like(u), np.zeros(16), 0.5 * (-4 * np.log(1 - kept[0]) - 3 * kept[0])
+    for t in range(7):
+        rows = rule.rows(t, made.y).numpy() if t < 6 else np.arange(16)
+        noisy = kept[t] ** 0.5 * u[rows] + (1 - kept[t]) ** 0.5 * rule.noise(t, torch.from_numpy(u[rows])).numpy()
+        if t == 6:
+            want += (np.log(np.exp(noisy @ w).sum(1)) - (u * (noisy @ w)).sum(1)).mean()
+            break
+        missed = rule.blocks[t](made.x[rows], torch.from_numpy(noisy)).detach().numpy() - u[rows]
+        want += 0.15 * (1 / (1 - kept[t + 1]) - 1 / (1 - kept[t])) * (missed**2).sum(1).mean()
+        a, b, _ = transition(kept[t], kept[t + 1])
+        z = a * rule.blocks[t](made.x, torch.from_numpy(z)).detach().numpy() + b * z
+        seen[rows] += 1
+    off, loss = abs(rule(made.x).detach().numpy() - z @ w).max(), abs(float(rule.step(made.x, made.y)) / want - 1)
+    return [
+        Check(loss, 1e-10, what="loss"),
+        Check(off, 1e-10, what="scores"),
+        Check(abs(seen - 3).max(), 0, what="seen"),
+    ]
+
+
+@claim(
+    "10 blocks trained 60 epochs reach digits test accuracy within 3 points of a backprop MLP, mean of 3 seeds",
+    row=30,
+    tier="slow",
+    budget=150.0,
+    mutants={
+        "blind": ("torch.cat([given,", "torch.cat([0 * given,"),
+        "wrong labels": ("- label[rows]).square()", "- label[rows].flip(1)).square()"),
+    },
+)
+def digits_accuracy_like_backprop(seed: int) -> Check:
+    """Points that backprop is ahead; both on 2x256 units with the learning rates of their cards."""
+    from weft.rules.backprop import Backprop
+    from weft.testing.train import digits_accuracy, digits_mlp, train
+
+    ahead = 0.0
+    for i in range(3):
+        for kind, sign in ((Backprop, 1), (NoProp, -1)):
+            rule = kind(digits_mlp((256, 256), 3 * seed + i), seed=i)
+            train(rule, epochs=60, seed=3 * seed + i)
+            ahead += sign * 100 * digits_accuracy(rule) / 3
+    return Check(ahead, 3.0)
