@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from weft.boundaries import BlackBox, channels, default_cuts, reached
 from weft.errors import StageError, Unsupported, unknown
 
-__all__ = ["BlackBox", "Cut", "cut", "frozen_statistics"]
+__all__ = ["Alias", "BlackBox", "Cut", "cut", "frozen_statistics"]
 
 Boundary = Callable[[int, Tensor], Tensor | None]
 
 
-class _Entry(torch.autograd.Function):
-    """The identity: makes of a leaf a tensor that the next stage may change in place."""
+class Alias(torch.autograd.Function):
+    """The identity, detached: what changes its output in place leaves the graph of its input as it is."""
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ class Cut:
                 if signals and torch.is_grad_enabled():
                     h = h.requires_grad_()
                     self._entries[k] = h
-                    h = _Entry.apply(h)
+                    h = Alias.apply(h)
                 watched.append((k, h, h._version))
                 return h
 

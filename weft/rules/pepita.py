@@ -31,7 +31,7 @@ from weft.claim import Check, claim
 from weft.errors import Unsupported, UsageError
 from weft.method import method
 from weft.rules.base import IGNORED, Ready, Rule, Scale, check_finite
-from weft.stages import frozen_statistics
+from weft.stages import Alias, frozen_statistics
 from weft.testing.example import Example, classification
 
 PRESYNAPTIC = ("modulated", "clean")
@@ -46,18 +46,6 @@ def teaching_signal(clean: Tensor, modulated: Tensor, rows: int, *, centred: boo
     """How much responses ``[B, ...]`` fell under modulation, over ``rows``; ``centred``: less its mean over rows."""
     fell = (clean - modulated).div_(rows)
     return fell - fell.mean(0, keepdim=True) if centred else fell
-
-
-class _Alias(torch.autograd.Function):
-    """The identity; what changes its output in place leaves the graph of its input as it is."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.detach()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return grads[0]
 
 
 @method(
@@ -132,7 +120,7 @@ class PEPITA(Rule):
     def feedback(self, x: Tensor, classes: int) -> Tensor:
         """F for inputs like ``x`` ``[B, ...]``: ``[K, n]``, the same for the life of the rule."""
         shape = (classes, x[0].numel())
-        key = (int(self.clock[0]), shape, x.dtype, x.device, "feedback")
+        key = (self.clock[0], shape, x.dtype, x.device, "feedback")
         if key not in self._fixed:
             drawn = torch.rand(*shape, generator=self.rng("feedback", fixed=True), dtype=torch.float64)
             limit = self.feedback_scale * math.sqrt(6 / shape[1])
@@ -151,7 +139,7 @@ class PEPITA(Rule):
             if not isinstance(out, Tensor):
                 return None
             if next(module.parameters(recurse=False), None) is not None:
-                layer[:] = [out, _Alias.apply(out)]
+                layer[:] = [out, Alias.apply(out)]
                 return layer[1]
             if layer and out.shape == layer[0].shape:
                 layer.append(out)

@@ -111,8 +111,10 @@ def own_model(card: Card) -> None:
     before = {name: p.detach().clone() for name, p in users.named_parameters()}
     rule = card.build(users, **made.options)
     rule.step(made.x, made.y)
-    assert not {id(p) for p in users.parameters()} & {id(p) for p in rule.trainable()}
-    assert all(p.grad is None and torch.equal(p, before[name]) for name, p in users.named_parameters())
+    shared = {id(p) for p in users.parameters()} & {id(p) for p in rule.trainable()}
+    assert not shared, "parameters of the user's model are in trainable()"
+    for name, p in users.named_parameters():
+        assert p.grad is None and torch.equal(p, before[name]), f"{name} of the user's model was touched"
 
 
 def no_tape(card: Card) -> None:
