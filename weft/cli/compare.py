@@ -136,11 +136,11 @@ def _table(document: dict[str, Any]) -> None:
         made.add_row(name, *(cells[column.removeprefix(f"{test} ")] for column in columns[1:]))
         trained.setdefault(cells["trained with"], []).append(name)
     console.print(made)
-    rows = how["rows"]
+    plural = {key: "s" * (how[key] > 1) for key in ("epochs", "seeds", "threads")}
     console.print(
-        f"\n{how['model']} on {how['data']}: {rows['train']} training rows, {how['epochs']} epochs, "
-        f"batch {how['batch_size']}, {how['seeds']} seed{'s' * many}, {how['threads']} "
-        f"thread{'s' * (how['threads'] > 1)}, accuracy after the last epoch.\n"
+        f"\n{how['model']} on {how['data']}: {how['rows']['train']} training rows, "
+        f"{how['epochs']} epoch{plural['epochs']}, batch {how['batch_size']}, {how['seeds']} seed{plural['seeds']}, "
+        f"{how['threads']} thread{plural['threads']}, accuracy after the last epoch.\n"
         "step x: a step's time, to backprop's, without the optimizer. kept: bytes kept for the way back, at most. "
         "peak: bytes allocated in a step, gradients included, at most."
         + " cosine: with the exact gradient, after the first and the last epoch." * ("cosine" in columns)

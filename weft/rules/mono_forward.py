@@ -23,6 +23,7 @@ from weft.errors import StageError, UsageError
 from weft.method import method
 from weft.rules.base import Ready, Rule, Scale
 from weft.testing.example import Example, classification
+from weft.testing.tools import gradients
 
 
 def goodness(h: Tensor, projection: Tensor, *, tokens: bool = False, channels_last: bool = False) -> Tensor:
@@ -151,6 +152,66 @@ def local_equations(seed: int) -> Check:
             want.append((rule.projections[k].grad, e.T @ out))
         h = out
     return Check(max(float(abs(g.numpy() - r).max() / abs(r).max()) for g, r in want), 1e-10)
+
+
+@claim(
+    "on images and sequences the gradients are those of cross-entropies of averaged, or each token's, activations",
+    row=140,
+    mutants={
+        "summed over space": ("h.flatten(2).mean(2)", "h.flatten(2).sum(2)"),
+        "summed over time": ("h.flatten(1, -2).mean(1)", "h.flatten(1, -2).sum(1)"),
+    },
+)
+def images_and_sequences(seed: int) -> Check:
+    """Largest error relative to the largest entry, over all gradients of three models, in float64."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    class Mean(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mean(1)
+
+    conv = [nn.Conv2d(2, 5, 3), nn.Tanh(), nn.Conv2d(5, 6, 3), nn.Tanh(), nn.Flatten(), nn.Linear(54, 3)]
+    cases = [
+        (conv, normal(6, 2, 7, 7), torch.arange(6) % 3, "bchw,kc->bk", 1 / 25, 1 / 9),
+        (
+            [nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, 3)],
+            normal(2, 5, 4),
+            torch.arange(10).view(2, 5) % 3,
+            "btd,kd->btk",
+            1,
+        ),
+        (
+            [nn.Linear(4, 7), nn.Tanh(), Mean(), nn.Linear(7, 3)],
+            normal(6, 5, 4),
+            torch.arange(6) % 3,
+            "btd,kd->bk",
+            1 / 5,
+        ),
+    ]
+    worst = 0.0
+    for layers, x, y, product, *factors in cases:
+        model = nn.Sequential(*layers).double()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.copy_(0.5 * normal(*p.shape))
+        rule = MonoForward(
+            model, at=[str(i) for i, layer in enumerate(layers) if isinstance(layer, nn.Tanh)], seed=seed
+        )
+        found = [g.clone() for g in gradients(rule, x, y)]
+        h, losses = x, []
+        for layer in layers:
+            h = layer(h)
+            if isinstance(layer, nn.Tanh):
+                k = len(losses)
+                losses.append(torch.einsum(product, h, rule.projections[k]) * factors[k])
+                h = h.detach()
+        picked = [s.log_softmax(-1).gather(-1, y[..., None]).mean() for s in [*losses, h]]
+        want = torch.autograd.grad(-torch.stack(picked).sum(), rule.trainable())
+        worst = max(worst, *(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, want, strict=True)))
+    return Check(worst, 1e-10)
 
 
 @claim(

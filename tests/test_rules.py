@@ -1,0 +1,147 @@
+"""What single rules do on inputs that their claims leave out: images, sequences, odd models."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import weft
+from weft import Unsupported, UsageError
+
+
+def direct_reference(model, at, x, y, rule):
+    """Direct feedback by hand: each stage run on a detached input, its output's gradient is the projected error."""
+    h, outputs = x, []
+    for name, layer in model.named_children():
+        h = layer(h)
+        if name in at:
+            outputs.append(h)
+            h = h.detach()
+    scores, labels = (h.flatten(0, 1), y.flatten()) if y.ndim == 2 else (h, y)
+    error = ((scores.softmax(1) - F.one_hot(labels, scores.shape[1])) / len(labels)).view(h.shape).detach()
+    heads, signals = [h], [error]
+    for k, out in enumerate(outputs):
+        features = out[0, 0].numel() if y.ndim == 2 else out[0].numel()
+        matrix = rule.fixed_normal((h.shape[-1], features), x, "direct", k) / math.sqrt(features)
+        heads.append(out)
+        signals.append((error.reshape(-1, h.shape[-1]) @ matrix).reshape(out.shape))
+    return torch.autograd.grad(heads, list(model.parameters()), signals)
+
+
+@pytest.mark.parametrize("backward", ["joint", "stage"])
+@pytest.mark.parametrize("kind", ["image", "sequence"])
+def test_direct_feedback_beyond_vectors(kind, backward):
+    torch.manual_seed(0)
+    if kind == "image":
+        model = nn.Sequential(
+            nn.Conv2d(1, 3, 3), nn.Tanh(), nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(64, 3)
+        )
+        x, y, at = torch.randn(5, 1, 8, 8), torch.arange(5) % 3, ["1", "3"]
+    else:
+        model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+        x, y, at = torch.randn(2, 7, 4), torch.arange(14).view(2, 7) % 3, ["1", "3"]
+    rule = weft.create("direct-feedback-alignment", model.double(), at=at, backward=backward)
+    rule.step(x.double(), y)
+    want = direct_reference(model, at, x.double(), y, rule)
+    for p, g in zip(model.parameters(), want, strict=True):
+        torch.testing.assert_close(p.grad, g, rtol=1e-9, atol=1e-12)
+
+
+def test_direct_feedback_refuses_scores_whose_tokens_a_stage_lacks():
+    class Repeat(nn.Module):
+        def forward(self, h):
+            return h[:, None].expand(-1, 4, -1)
+
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), Repeat(), nn.Linear(5, 2))
+    rule = weft.create("direct-feedback-alignment", model, at=["1"])
+    with pytest.raises(Unsupported, match="tokens"):
+        rule.step(torch.randn(2, 3), torch.zeros(2, 4, dtype=torch.int64))
+
+
+def test_feedback_options():
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))
+    with pytest.raises(UsageError, match="did you mean direct"):
+        weft.rules.FeedbackAlignment(model, feedback="dirct")
+    with pytest.raises(UsageError, match="stage"):
+        weft.rules.FeedbackAlignment(model, backward="stage")
+    with pytest.raises(UsageError, match="at="):
+        weft.rules.FeedbackAlignment(model, at=["1"])
+    assert weft.rules.DirectFeedbackAlignment(model).method_name == "direct-feedback-alignment"
+
+
+def test_feedback_alignment_of_tied_weights_and_chains_of_transformers():
+    model = weft.models.build("char-transformer", input_shape=(8,), classes=11, kind="tokens")
+    x, y = torch.randint(0, 11, (2, 8)), torch.randint(0, 11, (2, 8))
+    rule = weft.rules.FeedbackAlignment(model)
+    rule.step(x, y)
+    assert all(torch.isfinite(p.grad).all() for p in rule.trainable())
+    exact = torch.autograd.grad(F.cross_entropy(model(x).flatten(0, 1), y.flatten()), list(model.parameters()))
+    head = [name for name, _ in model.named_parameters()].index("head.weight")
+    torch.testing.assert_close(rule.trainable()[head].grad, exact[head])  # the last layer's is exact
+    assert sum(not torch.allclose(p.grad, g) for p, g in zip(rule.trainable(), exact, strict=True)) > 10
+
+
+def test_forward_gradient_on_attention_and_not_on_lstm():
+    model = weft.models.build("char-transformer", input_shape=(8,), classes=5, kind="tokens")
+    x, y = torch.randint(0, 5, (2, 8)), torch.randint(0, 5, (2, 8))
+    rule = weft.rules.ForwardGradient(model, seed=4)
+    generator = rule.rng("direction", 0)
+    direction = [torch.randn(p.shape, generator=generator) for p in model.parameters()]
+    rule.step(x, y)
+    exact = torch.autograd.grad(F.cross_entropy(model(x).flatten(0, 1), y.flatten()), list(model.parameters()))
+    slope = sum((g * v).sum() for g, v in zip(exact, direction, strict=True))
+    for p, v in zip(model.parameters(), direction, strict=True):
+        torch.testing.assert_close(p.grad, slope * v, rtol=1e-3, atol=1e-5)
+    with pytest.raises(Unsupported, match=r"nn\.GRU"):
+        weft.rules.ForwardGradient(nn.LSTM(3, 3))
+
+
+def test_forward_gradient_updates_statistics_once():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    twin = nn.Sequential(*[type(m)(*a) for m, a in ((model[0], (3, 4)), (model[1], (4,)), (model[2], (4, 2)))])
+    twin.load_state_dict(model.state_dict())
+    x, y = torch.randn(8, 3), torch.arange(8) % 2
+    weft.rules.ForwardGradient(model, directions=3).step(x, y)
+    twin(x)
+    torch.testing.assert_close(model[1].running_mean, twin[1].running_mean)
+    assert int(model[1].num_batches_tracked) == 1
+
+
+def test_directions_are_the_same_in_one_pass_and_in_several(monkeypatch):
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    x, y = torch.randn(8, 3, dtype=torch.float64), torch.arange(8) % 2
+    found = []
+    for limit in (256, 2, 1):
+        monkeypatch.setattr("weft.rules.forward_gradient.LIMIT", limit)
+        rule = weft.rules.ForwardGradient(model, directions=5)
+        rule.zero_grad()
+        rule.step(x, y)
+        found.append([p.grad.clone() for p in model.parameters()])
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_a_frozen_trunk_and_the_users_own_loss():
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    model[0].requires_grad_(False)
+    x, y = torch.randn(6, 3), torch.arange(6) % 2
+
+    def smoothed(scores, labels):
+        return F.cross_entropy(scores, labels, label_smoothing=0.1)
+
+    for name in ("backprop", "feedback-alignment", "direct-feedback-alignment", "mono-forward", "forward-gradient"):
+        rule = weft.create(name, model, loss=smoothed)
+        rule.zero_grad()
+        loss = rule.step(x, y)
+        torch.testing.assert_close(loss, smoothed(model(x), y).detach())
+        assert model[0].weight.grad is None and model[2].weight.grad is not None
+
+
+def test_unknown_options_name_the_nearest():
+    with pytest.raises(UsageError, match="did you mean directions"):
+        weft.create("forward-gradient", nn.Linear(2, 2), direction=2)
+    with pytest.raises(weft.UsageError, match="did you mean mono-forward"):
+        weft.create("monoforward", nn.Linear(2, 2))
