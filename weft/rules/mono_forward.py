@@ -174,7 +174,7 @@ def images_and_sequences(seed: int) -> Check:
             return x.mean(1)
 
     conv = [nn.Conv2d(2, 5, 3), nn.Tanh(), nn.Conv2d(5, 6, 3), nn.Tanh(), nn.Flatten(), nn.Linear(54, 3)]
-    cases = [
+    cases: list[Any] = [
         (conv, normal(6, 2, 7, 7), torch.arange(6) % 3, "bchw,kc->bk", 1 / 25, 1 / 9),
         (
             [nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, 3)],
@@ -201,7 +201,7 @@ def images_and_sequences(seed: int) -> Check:
             model, at=[str(i) for i, layer in enumerate(layers) if isinstance(layer, nn.Tanh)], seed=seed
         )
         found = [g.clone() for g in gradients(rule, x, y)]
-        h, losses = x, []
+        h, losses = x, list[Tensor]()
         for layer in layers:
             h = layer(h)
             if isinstance(layer, nn.Tanh):
