@@ -9,6 +9,8 @@ from rich.text import Text
 
 from weft.cli.output import AsJson, Family, print_json, stdout, table
 
+NEAREST = 15  # rows of a ranked table
+
 
 def papers(
     query: Annotated[
@@ -29,12 +31,16 @@ def papers(
     columns = ["row", "title", "family", "methods", "claims", *(["score"] if query else [])]
     made = table(*columns, numbers=("row", "claims", "score"), expand=True)
     made.columns[1].ratio, made.columns[1].min_width = 1, 30
-    for paper in found:
+    shown = found[:NEAREST] if query else found
+    for paper in shown:
         made.add_row(*_cells(paper, query is not None))
     console = stdout()
     console.print(made)
     covered = sum(bool(paper["methods"]) for paper in found)
-    console.print(f"\n{len(found)} papers, {covered} with a method")
+    line = f"{len(found)} papers, {covered} with a method"
+    if len(shown) < len(found):
+        line += f"; the nearest {len(shown)} are shown, --json has all"
+    console.print(f"\n{line}")
 
 
 def _cells(paper: dict[str, Any], ranked: bool) -> list[str | Text]:
