@@ -41,4 +41,5 @@ def _show(name: str, rows: list[dict[str, object]]) -> None:
     print("\n".join(lines))  # noqa: T201
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -243,10 +243,40 @@ def test_clear_errors():
 
     class Pair(nn.Module):
         def forward(self, x):
-            return x, x
+            return {"scores": x}
 
-    with pytest.raises(StageError, match="tuple"):
+    with pytest.raises(StageError, match="dict"):
         stages.cut(nn.Sequential(nn.Linear(2, 2), Pair()), ["0"]).run(torch.ones(1, 2))
+
+
+class Wrapped(nn.Module):
+    """Like a library's classifier: blocks two levels down, each giving a tuple."""
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.dense = nn.Linear(6, 6)
+
+        def forward(self, h):
+            a = torch.tanh(self.dense(h))
+            return a, a.detach().mean()
+
+    def __init__(self):
+        super().__init__()
+        self.bert = nn.Module()
+        self.bert.encoder = nn.Module()
+        self.bert.encoder.layer = nn.ModuleList(self.Layer() for _ in range(2))
+        self.classifier = nn.Linear(6, 3)
+
+    def forward(self, x):
+        for layer in self.bert.encoder.layer:
+            x = layer(x)[0]
+        return self.classifier(x)
+
+
+def test_blocks_that_give_tuples():
+    cut = assert_carries(Wrapped(), None, torch.randn(4, 6), torch.arange(4) % 3)
+    assert cut.at == ("bert.encoder.layer.0", "bert.encoder.layer.1")
 
 
 def test_black_box():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from weft.errors import StageError
 
 # Lists of blocks in models of the Hugging Face kind (BERT, GPT-2, Llama) and in hand-written ones.
-BLOCK_LISTS = ("encoder.layer", "transformer.h", "model.layers", "h", "layers", "blocks")
+BLOCK_LISTS = ("encoder.layer", "transformer.layer", "transformer.h", "model.layers", "h", "layers", "blocks")
 
 
 class BlackBox(nn.Module):
@@ -54,11 +54,9 @@ class _NoDerivative(torch.autograd.Function):
 def default_cuts(model: nn.Module) -> list[str]:
     if isinstance(model, nn.Sequential):
         return _sequential(model)
-    for path in BLOCK_LISTS:
-        blocks: Any = model
-        for part in path.split("."):
-            blocks = getattr(blocks, part, None)
-        if isinstance(blocks, nn.ModuleList) and len(blocks):
+    for path, blocks in model.named_modules():
+        listed = isinstance(blocks, nn.ModuleList) and len(blocks)
+        if listed and any(path == known or path.endswith(f".{known}") for known in BLOCK_LISTS):
             return [f"{path}.{i}" for i in range(len(blocks))]
     children = [name for name, _ in model.named_children()]
     if layers := [name for name in children if re.fullmatch(r"layer\d+", name)]:

@@ -79,7 +79,8 @@ class Cut:
             The model's output, attached to the graph of the last stage alone.
 
         Raises:
-            StageError: when a boundary is passed twice, out of order or not at all, or gives no tensor.
+            StageError: when a boundary is passed twice, out of order or not at all, or gives no tensor (a tuple's
+                first entry is what is cut; the others go on as they are).
         """
         self._entries = {}
         passed: list[int] = []
@@ -104,13 +105,16 @@ class Cut:
                 self._owners.append(reached(h, names))
             return boundary(k, h) if boundary else None
 
-        def hook(k: int) -> Callable[[nn.Module, Any, Any], Tensor]:
-            def behind(module: nn.Module, args: Any, out: Any) -> Tensor:
+        def hook(k: int) -> Callable[[nn.Module, Any, Any], Any]:
+            def behind(module: nn.Module, args: Any, whole: Any) -> Any:
                 if k in passed:
                     raise StageError(f"module {self.at[k]!r} is used twice in one forward; cut elsewhere")
                 if passed != list(range(k)):
                     raise StageError(f"boundaries are passed in the order {[self.at[i] for i in [*passed, k]]}")
                 passed.append(k)
+                # Blocks of some libraries give a tuple: hidden states first, then caches or attention weights.
+                rest = whole[1:] if type(whole) is tuple and whole and isinstance(whole[0], Tensor) else None
+                out = whole if rest is None else whole[0]
                 given = ended(k, out)
                 h = (out if given is None else given).detach()
                 # A copy until it is known that the next stage does not change its input in place, which would
@@ -122,7 +126,7 @@ class Cut:
                     self._entries[k] = h
                     h = Alias.apply(h)
                 watched.append((k, h, h._version))
-                return h
+                return h if rest is None else (h, *rest)
 
             return behind
 
