@@ -44,7 +44,8 @@ def test_records(document):
     assert own["initial_weights"] == "own"
     assert json.loads(json.dumps(made, allow_nan=False)) == made
     assert json.loads((folder / "compare.json").read_text()) == made
-    assert [p.name for p in folder.iterdir()] == ["compare.json"]
+    recipes = [f"{rule}-seed{seed}.yaml" for rule in ("backprop", "mono-forward", "noprop") for seed in (3, 4)]
+    assert sorted(p.name for p in folder.iterdir()) == sorted(["compare.json", *recipes])
     assert {e["event"] for e in events} == {"run", "step", "epoch", "done"}
     assert made["environment"]["torch"] == torch.__version__
 
@@ -54,6 +55,15 @@ def test_a_rule_among_others_gives_what_it_gives_alone(document):
     among = document[0]["runs"][3]
     for key in ("accuracy", "loss", "cosine_to_exact", "curve", "kept_bytes", "peak_bytes"):
         assert alone[key] == among[key], key
+
+
+@pytest.mark.parametrize("number", [1, 3, 5])
+def test_the_recipe_of_a_run_gives_its_figures(document, number):
+    made, _, folder = document
+    run = made["runs"][number]
+    again = weft.run(folder / f"{run['rule']}-seed{run['seed']}.yaml")
+    for key in ("accuracy", "validation_accuracy", "loss"):
+        assert again[key] == run[key], key
 
 
 def test_one_failing_rule_leaves_its_error_and_the_others_finish(monkeypatch):

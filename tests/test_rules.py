@@ -145,3 +145,91 @@ def test_unknown_options_name_the_nearest():
         weft.create("forward-gradient", nn.Linear(2, 2), direction=2)
     with pytest.raises(weft.UsageError, match="did you mean mono-forward"):
         weft.create("monoforward", nn.Linear(2, 2))
+
+
+def test_no_two_parameters_share_a_gradient():
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base, self.delta = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.zeros(3, 4))
+
+        def forward(self, x):
+            return F.linear(x, self.base + self.delta)
+
+    x, y = torch.randn(6, 4), torch.arange(6) % 3
+    for name in ("backprop", "mono-forward", "direct-feedback-alignment"):
+        model = Sum()
+        rule = weft.create(name, model, **({} if name == "backprop" else {"at": []}))
+        rule.step(x, y)
+        once = model.base.grad.clone()
+        assert model.base.grad.data_ptr() != model.delta.grad.data_ptr()
+        rule.step(x, y)
+        torch.testing.assert_close(model.base.grad, 2 * once)
+        torch.testing.assert_close(model.delta.grad, 2 * once)
+
+
+def test_gradients_have_the_layout_of_their_parameters():
+    class Total(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bias = nn.Parameter(torch.zeros(2, 3))
+
+        def forward(self, x):
+            return x + self.bias.sum(0)  # autograd's gradient is an expanded tensor
+
+    model = Total()
+    rule = weft.rules.Backprop(model)
+    for _ in range(2):
+        rule.step(torch.randn(4, 3), torch.arange(4) % 3)
+    model.bias.grad.mul_(2.0)
+    assert model.bias.grad.stride() == model.bias.stride()
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.LayerNorm, nn.PReLU])
+@pytest.mark.parametrize("after", [False, True])
+def test_normalisations_belong_to_the_layer_before_them(norm, after):
+    def extra():
+        return norm(6) if norm is not nn.PReLU else nn.PReLU()
+
+    layers = [nn.Linear(5, 6), *([nn.ReLU(), extra()] if after else [extra(), nn.ReLU()])]
+    layers += [nn.Linear(6, 6), *([nn.ReLU(), extra()] if after else [extra(), nn.ReLU()])]
+    model = nn.Sequential(*layers, nn.Linear(6, 3))
+    assert weft.stages.cut(model).at == ("2", "5")
+    for name in ("mono-forward", "forward-forward", "pepita", "direct-feedback-alignment"):
+        rule = weft.create(name, model)
+        rule.zero_grad()
+        rule.step(torch.randn(8, 5), torch.arange(8) % 3)
+        assert all(p.grad is not None for p in rule.trainable())
+
+
+def test_pepita_divides_by_the_places_of_a_convolution():
+    generator = torch.Generator().manual_seed(0)
+    conv, head = nn.Conv2d(1, 4, 3), nn.Linear(4 * 36, 3)
+    model = nn.Sequential(conv, nn.ReLU(), nn.Flatten(), head).double()
+    x, y = torch.randn(5, 1, 8, 8, generator=generator, dtype=torch.float64), torch.arange(5) % 3
+    rule = weft.rules.PEPITA(model, feedback_scale=1.0)
+    rule.step(x, y)
+    with torch.no_grad():
+        error = model(x).softmax(1) - F.one_hot(y, 3)
+        modulated = x + (error @ rule.feedback(x, 3)).view(x.shape)
+        fell = model[:2](x) - model[:2](modulated)
+        patches = F.unfold(modulated, 3)  # [B, 9, 36]
+        want = torch.einsum("bkp,bip->ki", fell.flatten(2), patches) / (5 * 36)
+        torch.testing.assert_close(conv.weight.grad.flatten(1), want)
+        torch.testing.assert_close(conv.bias.grad, fell.sum((0, 2, 3)) / (5 * 36))
+        torch.testing.assert_close(head.weight.grad, error.T @ model[:3](modulated) / 5)
+
+
+def test_forward_gradient_with_dropout_in_several_directions():
+    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 3))
+    rule = weft.rules.ForwardGradient(model, directions=4)
+    assert torch.isfinite(rule.step(torch.randn(6, 4), torch.arange(6) % 3))
+
+
+def test_nothing_arrives_at_a_boundary_of_forward_forward():
+    model = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    rule = weft.rules.ForwardForward(model)
+    run = rule.cut.run
+    rule.cut.run = lambda x, boundary: run(x, boundary, signals=True)
+    rule.step(torch.randn(9, 12), torch.arange(9) % 3)
+    assert rule.cut.signal(0) is None and rule.cut.signal(1) is None

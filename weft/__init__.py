@@ -13,11 +13,13 @@ if TYPE_CHECKING:
     from weft import claim, data, measure, method, models, rules, session, stages, testing
     from weft.claim import Check, check_claims
     from weft.comparison import compare
-    from weft.errors import DataError, NonFinite, StageError, Unsupported, UsageError, WeftError
+    from weft.errors import DataError, NonFinite, RecipeError, StageError, Unsupported, UsageError, WeftError
     from weft.literature import papers
     from weft.measuring import measure_step
     from weft.method import card, create, methods
-    from weft.training import fit
+    from weft.recipe import Recipe
+    from weft.runs import run
+    from weft.training import Trainer, fit
 
 __version__ = "0.1.0"
 
@@ -27,7 +29,10 @@ _WHERE = {
     "Check": "weft.claim",
     "DataError": "weft.errors",
     "NonFinite": "weft.errors",
+    "Recipe": "weft.recipe",
+    "RecipeError": "weft.errors",
     "StageError": "weft.errors",
+    "Trainer": "weft.training",
     "Unsupported": "weft.errors",
     "UsageError": "weft.errors",
     "WeftError": "weft.errors",
@@ -39,12 +44,16 @@ _WHERE = {
     "measure_step": "weft.measuring",
     "methods": "weft.method",
     "papers": "weft.literature",
+    "run": "weft.runs",
 }
 __all__ = [
     "Check",
     "DataError",
     "NonFinite",
+    "Recipe",
+    "RecipeError",
     "StageError",
+    "Trainer",
     "Unsupported",
     "UsageError",
     "WeftError",
@@ -62,6 +71,7 @@ __all__ = [
     "models",
     "papers",
     "rules",
+    "run",
     "session",
     "stages",
     "testing",

@@ -68,10 +68,13 @@ def default_cuts(model: nn.Module) -> list[str]:
 
 
 def _sequential(model: nn.Sequential) -> list[str]:
-    """Cuts that give every stage parameters of its own; a Flatten goes with what follows, a black box stands alone."""
+    """Cuts before every layer: a module that holds a weight of two or more dimensions.
+
+    Normalisations and activations belong to the layer before them, a Flatten to what follows; a black box stands alone.
+    """
     ends: list[str] = []
     children = list(model.named_children())
-    trained = [isinstance(child, BlackBox) or next(child.parameters(), None) is not None for _, child in children]
+    trained = [isinstance(child, BlackBox) or any(p.ndim > 1 for p in child.parameters()) for _, child in children]
     for i in range(1, len(children)):
         begins = trained[i]
         if i + 1 < len(children) and isinstance(children[i][1], nn.Flatten | nn.Unflatten):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +17,10 @@ from weft import measure, models
 from weft.cards import Card
 from weft.errors import Unsupported, UsageError, WeftError, unknown
 from weft.method import card, methods
-from weft.training import Epoch, build_optimizer, evaluate, fit, settings_of
+from weft.optimizers import build_optimizer, settings_of
+from weft.recipe import Recipe
+from weft.runs import write
+from weft.training import Epoch, evaluate, fit
 
 if TYPE_CHECKING:
     from weft.data import Dataset
@@ -89,6 +90,7 @@ def compare(
         build_optimizer(optimizer or "adam", [nn.Parameter(torch.zeros(1))], 1e-3 if lr is None else lr)
     loaded = data_sets.load(data, data_dir=data_dir)
     how = {"model": model, "data": data, "epochs": epochs, "batch_size": batch_size, "seed": seed, "seeds": seeds}
+    how |= {"data_dir": None if data_dir is None else str(data_dir)}
     how |= {"threads": threads, "rules": [c.name for c in chosen]}
     how |= {"optimizer": optimizer, "lr": lr, "same_optimizer": same_optimizer}
     rows = [loaded.y_train, loaded.y_validation, loaded.y_test]
@@ -103,7 +105,7 @@ def compare(
             for number in range(seed, seed + seeds):
                 document["runs"].append(runner.run(one, number))
                 if out is not None:
-                    _write(Path(out), document)
+                    keep(Path(out), document)
     finally:
         torch.set_num_threads(before)
     return document
@@ -208,16 +210,18 @@ class _Runner:
         options = (
             {key: record["defaults"][key] for key in ("optimizer", "lr", "schedule")} if rule.updates == "grad" else {}
         )
-        history = fit(
-            rule,
-            self.data,
-            epochs=how["epochs"],
-            batch_size=how["batch_size"],
-            seed=seed,
-            on_epoch=after,
-            on_step=step,
-            **options,
-        )
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # what dropout in the user's model draws from
+            history = fit(
+                rule,
+                self.data,
+                epochs=how["epochs"],
+                batch_size=how["batch_size"],
+                seed=seed,
+                on_epoch=after,
+                on_step=step,
+                **options,
+            )
         record["loss"] = history[-1].loss
         record["validation_accuracy"] = history[-1].validation_accuracy
         record["seconds_per_epoch"] = sum(epoch.seconds for epoch in history) / len(history)
@@ -282,19 +286,24 @@ def cosine_to_exact(one: Card, rule: Any, x: Any, y: Tensor) -> tuple[float | No
     return value, None if value is not None else "one of the gradients is zero"
 
 
-def _write(folder: Path, document: dict[str, Any]) -> None:
-    """``compare.json`` in the folder, replaced in one step."""
+def keep(folder: Path, document: dict[str, Any]) -> None:
+    """``compare.json`` in the folder, and the recipe of the last run, each replaced in one step.
+
+    Raises:
+        WeftError: when the folder cannot be written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=folder, prefix=".compare-", suffix=".json")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(document, file, indent=1, allow_nan=False)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(name, folder / "compare.json")
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
     except OSError as error:
-        raise WeftError(f"cannot write to {folder}: {error.strerror}; choose another folder with --out") from error
+        raise WeftError(f"cannot make the folder {folder}: {error.strerror}; choose another with --out") from error
+    write(folder / "compare.json", json.dumps(document, indent=1, allow_nan=False).encode())
+    run = document["runs"][-1]
+    if run["status"] != "unsupported":
+        write(folder / f"{run['rule']}-seed{run['seed']}.yaml", recipe_of(run, document["settings"]).text().encode())
+
+
+def recipe_of(run: dict[str, Any], how: dict[str, Any]) -> Recipe:
+    """The recipe that repeats one run of a comparison."""
+    trained = {key: value for key, value in run["defaults"].items() if value is not None}
+    shared = {key: how[key] for key in ("model", "data", "data_dir", "batch_size", "threads")}
+    return Recipe.of({**shared, "seed": run["seed"], "rule": run["rule"], "epochs": how["epochs"], **trained})

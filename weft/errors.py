@@ -38,6 +38,10 @@ class UsageError(WeftError):
     """An option or a name that Weft does not know; the message lists the nearest valid ones."""
 
 
+class RecipeError(UsageError):
+    """A recipe with an unknown key or a bad value; the message names its path and the nearest valid one."""
+
+
 class NonFinite(WeftError):
     """A loss or a gradient became infinite or not a number; nothing was added to any gradient."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
@@ -13,11 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from weft import stages
-from weft.errors import DataError, NonFinite, Unsupported, UsageError
+from weft.errors import DataError, Unsupported, UsageError
+from weft.rules.batch import IGNORED, check_batch, check_finite, check_labels, flat, inputs
+
+__all__ = ["IGNORED", "Ready", "Rule", "Scale", "check_finite", "check_labels", "inputs"]
 
 Ready = Callable[[nn.Parameter], None]
 Scale = float | Tensor
-IGNORED = -100
 
 
 class Rule(nn.Module):
@@ -192,17 +193,12 @@ class Rule(nn.Module):
             g if whole else torch.as_tensor(scale, dtype=t.dtype, device=t.device) if g is None else g * scale
             for t, g in heads
         ]
-        if ready is None:
-            # Faster than backward(inputs=...), which copies every gradient.
+        if ready is None:  # without backward(inputs=...), which copies every gradient
             outputs = [t for t, _ in heads]
             found = (
                 torch.autograd.grad(outputs, leaves, arriving, allow_unused=True) if heads else (None,) * len(leaves)
             )
-            for leaf, gradient in zip(leaves, found, strict=True):
-                if leaf.grad is None:
-                    leaf.grad = torch.zeros_like(leaf) if gradient is None else gradient
-                elif gradient is not None:
-                    leaf.grad += gradient
+            add_gradients(leaves, found, [g for g in arriving if g is not None])
             return
         handed: set[int] = set()
 
@@ -224,60 +220,20 @@ class Rule(nn.Module):
                 ready(leaf)  # type: ignore[arg-type]
 
 
-def inputs(x: Any) -> tuple[Any, ...]:
-    """Inputs as the tuple that ``model(*x)`` takes."""
-    return x if isinstance(x, tuple) else (x,)
-
-
-def flat(scores: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores ``[B, T, K]`` with labels ``[B, T]`` as ``[BT, K]`` and ``[BT]``; others as they are."""
-    if scores.ndim == 3 and y.ndim == 2 and scores.shape[:2] == y.shape:
-        return scores.flatten(0, 1), y.flatten()
-    return scores, y
-
-
-def check_labels(scores: Tensor, y: Tensor) -> None:
-    """Raise DataError where labels are no class indices for scores ``[N, K, ...]``."""
-    shape = (scores.shape[0], *scores.shape[2:])
-    if scores.ndim < 2 or y.shape != shape:
-        raise DataError(f"labels of shape {tuple(y.shape)} do not fit scores of shape {tuple(scores.shape)}")
-    low, high = (int(v) for v in y.aminmax())
-    if low >= 0 and high < scores.shape[1]:
-        return
-    used = y[y != IGNORED]
-    if used.numel() == 0:
-        raise DataError("every label of the batch is -100 (ignored); leave such batches out")
-    low, high = (int(v) for v in used.aminmax())
-    if low < 0 or high >= scores.shape[1]:
-        raise DataError(
-            f"labels run from {low} to {high}; for {scores.shape[1]} scores they must be 0 to K - 1, or -100"
-        )
-
-
-def check_finite(losses: Iterable[Tensor]) -> None:
-    """Raise NonFinite where a loss is infinite or not a number."""
-    for loss in losses:
-        value = loss.item()
-        if not math.isfinite(value):
-            raise NonFinite(
-                f"the loss is {value}; nothing was added to any gradient. Lower the learning rate, "
-                "clip gradients, or look for such values in the data"
-            )
-
-
-def check_batch(model: nn.Module, x: Any, y: Any) -> None:
-    """Raise DataError where a batch is empty, its parts differ in length, or its dtypes are not the model's."""
-    first = inputs(x)[0]
-    if not isinstance(first, Tensor) or not isinstance(y, Tensor):
-        raise DataError(f"a batch is two tensors, not {type(first).__name__} and {type(y).__name__}")
-    if first.ndim == 0 or y.ndim == 0 or first.shape[0] == 0:
-        raise DataError(f"the batch is empty: x {tuple(first.shape)}, y {tuple(y.shape)}")
-    if first.shape[0] != y.shape[0]:
-        raise DataError(f"x has {first.shape[0]} rows and y has {y.shape[0]}")
-    weight = next((p for p in model.parameters() if p.is_floating_point()), None)
-    mixed = weight is not None and first.is_floating_point() and first.dtype != weight.dtype
-    if weight is not None and mixed and not torch.is_autocast_enabled(first.device.type):
-        raise DataError(f"x is {first.dtype} and the model {weight.dtype}; convert one of them")
+def add_gradients(leaves: Sequence[Tensor], found: Sequence[Tensor | None], taken: Iterable[Tensor]) -> None:
+    """Add to ``.grad``; autograd may give several leaves one tensor, or one of ``taken``, and each gets its own."""
+    given = {t.data_ptr() for t in taken if t.layout == torch.strided}
+    for leaf, gradient in zip(leaves, found, strict=True):
+        if gradient is None:
+            leaf.grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        elif leaf.grad is not None:
+            leaf.grad += gradient
+        elif gradient.layout != torch.strided:
+            leaf.grad = gradient
+        else:
+            shared = gradient.data_ptr() in given or gradient.stride() != leaf.stride()
+            leaf.grad = torch.empty_like(leaf).copy_(gradient) if shared else gradient
+            given.add(gradient.data_ptr())
 
 
 def _guarded(step: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -1,11 +1,11 @@
 """Carry the error back through fixed random matrices in place of the transposed weights.
 
-    feedback="chain":   dh_{k-1} = B_k^T dz_k          (B_k fixed, of the shape of W_k)
+    feedback="chain":   dh_{k-1} = dz_k B_k           (B_k fixed, of the shape of W_k)
     feedback="direct":  dh_k     = e B_k,  e = dL/dscores  [B, K],  B_k [K, D_k]
     dz_k = f'(z_k) * dh_k,   dW_k = dz_k^T h_{k-1}
 
 The last layer gets its exact gradient. Entries of B_k are normal: in the chain with the standard deviation of torch's
-own initialisation of W_k, 1 / sqrt(3 fan_in); direct with ``gain`` / sqrt(D_k).
+own initialisation of W_k, 1 / sqrt(3 fan_in); direct with ``gain`` / sqrt(D_k), one matrix for each stage.
 
 Paper: "Random synaptic feedback weights support error backpropagation for deep learning", Timothy P. Lillicrap,
 Daniel Cownden, Douglas B. Tweed, Colin J. Akerman, 2016, doi:10.1038/ncomms13276.

@@ -7,9 +7,9 @@
 
 A label's code is ``s`` at its own feature and 0 at the other K - 1; the neutral code is s / K at each. A negative row
 carries a wrong label, drawn in proportion to the head's probabilities of the wrong classes ("hard"), anew each step.
-The paper takes the sum of squares with the number of units D as threshold: the same in units of D, where T = 0.05 is
-0.05 D. In predicting, the paper leaves the first hidden layer's goodness out; here all count (the difference measured
-on MNIST was 0.0004). The peer normalisation of the paper's code made no difference in 10 epochs and is left out.
+The paper's code takes the sum of squares less the number of units D, at temperature 1: here T = 1 / D, and the default
+is D / 20 times softer. It leaves the first hidden layer out of the goodness to predict by and of the head's input; here
+all layers count and the head is the model's own. Its peer normalisation and weight decay are left out.
 
 Paper: "The Forward-Forward Algorithm: Some Preliminary Investigations", Geoffrey Hinton, 2022, arXiv:2212.13345.
 """

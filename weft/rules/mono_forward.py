@@ -2,8 +2,9 @@
 
     G_k = h_k M_k^T  [B, K],   L_k = CE(G_k, y),   dL_k / d(W_k, M_k) only;   h_k is detached for stage k + 1
 
-The last stage's scores are its goodness. Activations are averaged over all but batch and channels; ``[B, T, D]`` with
-labels ``[B, T]`` are projected token by token.
+The last stage's scores are its goodness, and what the rule predicts by: the model's own output layer, trained on the
+detached activities below it (the paper's nets end with a projection, or sum the goodness of all). Activations are
+averaged over all but batch and channels; ``[B, T, D]`` with labels ``[B, T]`` are projected token by token.
 
 Paper: "Mono-Forward: Backpropagation-Free Algorithm for Efficient Neural Network Training Harnessing Local Errors",
 James Gong, Bruce Li, Waleed Abdulla, 2025, arXiv:2501.09238.
@@ -65,10 +66,11 @@ class MonoForward(Rule):
             raise UsageError(f"backward={backward!r}; it is 'joint' or 'stage'")
         assert self.cut is not None
         self.backward = backward
-        classes = self.cut.width(len(self.cut) - 1)
+        last = len(self.cut) - 1
+        classes = self.cut.width(last) if last else 0
         like = next(model.parameters())
         self.projections = nn.ParameterList()
-        for k in range(len(self.cut) - 1):
+        for k in range(last):
             width = self.cut.width(k)
             drawn = torch.rand(classes, width, generator=self.rng("projection", k, fixed=True), dtype=torch.float64)
             self.projections.append(((2 * drawn - 1) / math.sqrt(width)).to(like))

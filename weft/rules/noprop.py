@@ -6,9 +6,9 @@
     r = A_{t-1} / A_t,   a_t = sqrt(A_t) (1 - r) / (1 - A_{t-1}),   b_t = sqrt(r) (1 - A_t) / (1 - A_{t-1})
 
 The discrete-time version with fixed one-hot embeddings u_y; u_t is the softmax of block t, a fresh copy of the user's
-model up to its last linear layer, joined with an embedding of z. The paper adds noise of variance
-c_t = (1 - A_t) (1 - r) / (1 - A_{t-1}) to each step of the prediction; its mean is taken here, which scored higher on
-validation. A block sees a share of the batch's rows, drawn anew each step: an unbiased estimate of L.
+model up to its last linear layer, joined with an embedding of z (its widths are ours). The paper draws z_0 and adds
+noise of variance c_t = (1 - A_t) (1 - r) / (1 - A_{t-1}) to each step of the prediction; the mean is taken here.
+A block sees a share of the batch's rows, drawn anew each step: an unbiased estimate of L.
 
 Paper: "NoProp: Training Neural Networks without Back-propagation or Forward-propagation", Qinyu Li, Yee Whye Teh,
 Razvan Pascanu, 2025, arXiv:2503.24322.

@@ -4,10 +4,12 @@
     h_1 .. h_{L-1} from x,   h'_1 .. h'_{L-1} from x',   h'_0 = x'
     dW_l = (h_l - h'_l)^T h'_{l-1} / B,   dW_L = e^T h'_{L-1} / B
 
-n is the number of input features. No activation is differentiated: the difference of a stage's responses enters at
-what the activation got, from where autograd goes on inside the stage. A stage whose branches hold parameters gets it at
-its response instead. As s goes to 0, dW_l / s becomes adaptive feedback alignment, -v_l^T h_{l-1} / B with v_0 = e F
-and v_l = f'(z_l) * (v_{l-1} W_l^T): the error is sent forward through the layers below.
+n is the number of input features. In convolutions dW_l is divided by the number of places too, as in the authors' code;
+its networks have no biases: here a bias is the weight of an input of 1. No activation is differentiated: the difference
+of a stage's responses enters at what the activation got, from where autograd goes on inside the stage. A stage whose
+branches hold parameters gets it at its response instead. As s goes to 0, dW_l / s becomes adaptive feedback alignment,
+-v_l^T h_{l-1} / B with v_0 = e F and v_l = f'(z_l) * (v_{l-1} W_l^T): the error is sent forward through the layers
+below. The sign of F is that of the first paper's code; the second's takes x - e F, the same in distribution.
 
 Paper: "Error-driven Input Modulation: Solving the Credit Assignment Problem without a Backward Pass",
 Giorgia Dellaferrera, Gabriel Kreiman, 2022, arXiv:2201.11665.
@@ -43,7 +45,7 @@ def modulate(x: Tensor, error: Tensor, feedback: Tensor) -> Tensor:
 
 
 def teaching_signal(clean: Tensor, modulated: Tensor, rows: int, *, centred: bool = False) -> Tensor:
-    """How much responses ``[B, ...]`` fell under modulation, over ``rows``; ``centred``: less its mean over rows."""
+    """How much responses ``[B, ...]`` fell, over ``rows`` (times places); ``centred``: less its mean over rows."""
     fell = (clean - modulated).div_(rows)
     return fell - fell.mean(0, keepdim=True) if centred else fell
 
@@ -112,10 +114,15 @@ class PEPITA(Rule):
             learning, second, again = self._observe(modulated)
         if not clean:
             entries, scores = learning, again
-        pairs = zip(first, second, strict=True)
-        signals = [teaching_signal(a, b.detach(), len(y), centred=self.centred) for a, b in pairs]
+        pairs = enumerate(zip(first, second, strict=True))
+        signals = [self._signal(k, a, b.detach()) for k, (a, b) in pairs]
         self.descend([*entries, scores], self.trainable(), gradients=[*signals, error], scale=scale, ready=ready)
         return loss
+
+    def _signal(self, k: int, clean: Tensor, modulated: Tensor) -> Tensor:
+        assert self.cut is not None
+        places = clean.shape[1:-1] if self.cut.channels_last(k) else clean.shape[2:]
+        return teaching_signal(clean, modulated, len(clean) * math.prod(places), centred=self.centred)
 
     def feedback(self, x: Tensor, classes: int) -> Tensor:
         """F for inputs like ``x`` ``[B, ...]``: ``[K, n]``, the same for the life of the rule."""

@@ -1,0 +1,103 @@
+"""``weft fit``: carry out a recipe."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Annotated, Any
+
+import typer
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from weft.cli.output import AsJson, number, print_json, quiet_stdout, stderr, stdout, table
+from weft.errors import UsageError
+
+
+def fit(
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="[RECIPE.yaml]", help="What to train.", show_default=False)
+    ] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Change the recipe: lr=0.1, rules.0.epochs=3.", show_default=False
+        ),
+    ] = None,
+    out: Annotated[
+        str | None, typer.Option("--out", metavar="DIR", help="A new folder for the run.", show_default=False)
+    ] = None,
+    resume: Annotated[
+        str | None, typer.Option("--resume", metavar="DIR", help="Go on with the run in it.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Train by a recipe, in a folder that survives a kill at any moment."""
+    if (recipe is None) == (resume is None) or (resume is not None and (changes or out)):
+        raise UsageError("give a recipe (with --set and --out), or --resume DIR alone")
+    with quiet_stdout(), _Live() as live:
+        from weft.recipe import Recipe
+        from weft.runs import run
+
+        chosen = None if recipe is None else Recipe.read(recipe, changes or ())
+        result = run(chosen, out=out, resume=resume, on_event=live.show)
+    if as_json:
+        print_json(result)
+    else:
+        _show(result, out or resume)
+    return 0
+
+
+class _Live:
+    """Progress on stderr: a bar in a terminal, a line for each epoch elsewhere."""
+
+    def __init__(self) -> None:
+        self._console = stderr()
+        self._progress = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[note]}", markup=False),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+        self._task = self._progress.add_task("importing torch", total=None, note="")
+
+    def __enter__(self) -> _Live:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def show(self, event: dict[str, Any]) -> None:
+        """One event of :func:`weft.runs.run`."""
+        if event["event"] == "step":
+            self._progress.update(self._task, description=event["rule"], completed=event["done"], total=event["total"])
+        elif event["event"] == "epoch":
+            line = (
+                f"epoch {event['epoch']}  loss {event['loss']:.4f}  validation {number(event['validation_accuracy'])}"
+            )
+            self._progress.update(self._task, note=line)
+            if not self._console.is_terminal:
+                self._console.print(f"{event['rule']}: {line}", soft_wrap=True)
+
+
+def _show(result: dict[str, Any], folder: str | None) -> None:
+    console = stdout()
+    made = table("rule", "epochs", "loss", "validation", "trained with", numbers=("epochs", "loss", "validation"))
+    for phase in result["phases"]:
+        last, how = phase["curve"][-1], phase["settings"]
+        trained = f"{how['optimizer']} {how['lr']:g} {how['schedule']}"
+        cells = (str(len(phase["curve"])), number(last["loss"]), number(last["validation_accuracy"]))
+        made.add_row(phase["rule"], *cells, trained)
+    console.print(made)
+    recipe = result["recipe"]
+    reached = f"test accuracy {100 * result['accuracy']:.2f} %" if result["accuracy"] is not None else "no test part"
+    console.print(f"\n{recipe['model']} on {recipe['data']}: {reached}, {result['seconds']:.1f} s of CPU time")
+    if folder is not None:
+        console.print(f"weights and result in {folder}", soft_wrap=True)

@@ -1,0 +1,253 @@
+"""Runs that last: a recipe carried out in a folder, saved atomically, gone on from after a kill at any moment."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialise
+from torch import Tensor
+
+from weft import data as data_sets
+from weft import measure, models
+from weft.errors import UsageError, WeftError
+from weft.method import card
+from weft.recipe import Recipe
+from weft.training import Epoch, Trainer, evaluate
+
+RECIPE, CHECKPOINT, RESULT, WEIGHTS = "recipe.yaml", "checkpoint.safetensors", "result.json", "model.safetensors"
+PREFIX = ".weft-"
+Event = Callable[[dict[str, Any]], None]
+
+
+def run(
+    recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
+    *,
+    out: str | Path | None = None,
+    resume: str | Path | None = None,
+    on_event: Event | None = None,
+) -> dict[str, Any]:
+    """Carry out a recipe; with a folder, so that it survives a kill at any moment.
+
+    The folder holds ``recipe.yaml``, ``checkpoint.safetensors`` (weights, optimizer, generators and position, replaced
+    in one step) and at the end ``model.safetensors`` and ``result.json``. Going on gives the weights that an
+    uninterrupted run gives, bit for bit on the same machine.
+
+    Args:
+        recipe: a recipe, plain data, or the path of a YAML file; None with ``resume``.
+        out: a new folder for the run; None keeps nothing.
+        resume: the folder of a run to go on with; a finished one returns its result.
+        on_event: called with progress: ``{"event": "epoch" | "step" | "saved", ...}``.
+
+    Returns:
+        Plain data: ``phases`` (rule, settings, curve), ``accuracy`` (test, after the last epoch),
+        ``validation_accuracy``, ``loss``, ``seconds``, ``parameters``, ``recipe``, ``environment``; None with ``why``.
+
+    Raises:
+        UsageError, RecipeError: for a recipe or folder that makes no sense.
+        NonFinite: when training diverges; the last checkpoint stays as it is.
+        WeftError: when the folder cannot be written or its checkpoint cannot be read.
+    """
+    if (recipe is None) == (resume is None) or (out is not None and resume is not None):
+        raise UsageError("give a recipe (and out, a new folder), or resume, the folder of a run")
+    if resume is not None:
+        folder: Path | None = Path(resume)
+        chosen = Recipe.read(Path(resume) / RECIPE)
+        if (Path(resume) / RESULT).exists():
+            return json.loads((Path(resume) / RESULT).read_text(encoding="utf-8"))
+        _sweep(Path(resume))
+    else:
+        chosen = _recipe(recipe)
+        folder = None if out is None else Path(out)
+    with _as_found(chosen):
+        state = _state(folder) if resume is not None and folder is not None else None
+        prepared = _Run(chosen, folder, on_event or (lambda event: None))
+        if folder is not None and resume is None:
+            _begin(folder, chosen)
+        return prepared.carry_out(state)
+
+
+def _recipe(given: Any) -> Recipe:
+    if isinstance(given, Recipe):
+        return given
+    return Recipe.read(given) if isinstance(given, str | Path) else Recipe.of(given)
+
+
+@contextlib.contextmanager
+def _as_found(recipe: Recipe) -> Iterator[None]:
+    """Inside, the recipe's threads and seed; afterwards the caller's threads and generator."""
+    before = torch.get_num_threads()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(recipe.seed)
+        torch.set_num_threads(recipe.threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
+class _Run:
+    """A recipe with its data and model."""
+
+    def __init__(self, recipe: Recipe, folder: Path | None, on_event: Event) -> None:
+        self.recipe, self.folder, self.on_event = recipe, folder, on_event
+        self.data = data_sets.load(recipe.data, data_dir=recipe.data_dir)
+        shape, d = tuple(self.data.input_shape), self.data
+        self.model = models.build(recipe.model, input_shape=shape, classes=d.classes, kind=d.kind, seed=recipe.seed)
+        self.past: list[list[dict[str, Any]]] = []
+
+    def carry_out(self, state: tuple[dict[str, Tensor], dict[str, Any]] | None) -> dict[str, Any]:
+        """Every phase, from the saved one on."""
+        first = 0
+        if state is not None:
+            first, self.past = state[1]["phase"], state[1]["past"]
+            self._earlier(state[0])
+        rule: Any = None
+        for number in range(first, len(self.recipe.rules)):
+            trainer = self._trainer(number)
+            if state is not None and number == first:
+                trainer.load(*state)
+            self._train(number, trainer)
+            rule = trainer.rule
+        result = self._result(rule)
+        if self.folder is not None:
+            own = "own-model" in card(rule.method_name).tags
+            weights = (rule if own else self.model).state_dict()
+            write(self.folder / WEIGHTS, serialise(_apart(weights)))
+            write(self.folder / RESULT, json.dumps(result, indent=1, allow_nan=False).encode())
+        return result
+
+    def _earlier(self, tensors: dict[str, Tensor]) -> None:
+        """The user's model as it is in a checkpoint, for rules that are built from it."""
+        prefix = "rule.model."
+        self.model.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+
+    def _trainer(self, number: int) -> Trainer:
+        recipe, phase = self.recipe, self.recipe.rules[number]
+        rule = card(phase.rule).build(self.model, seed=recipe.seed, **phase.options)
+        return Trainer(
+            rule,
+            self.data,
+            epochs=phase.epochs,
+            batch_size=recipe.batch_size,
+            seed=recipe.seed,
+            weight_decay=phase.weight_decay,
+            clip=phase.clip,
+            accumulate=recipe.accumulate,
+            autocast=recipe.autocast,
+            **({} if rule.updates == "self" else recipe.settings(phase)),
+        )
+
+    def _train(self, number: int, trainer: Trainer) -> None:
+        name = self.recipe.rules[number].rule
+
+        def on_epoch(epoch: Epoch) -> None:
+            figures = {"epoch": epoch.epoch, "loss": epoch.loss, "validation_accuracy": epoch.validation_accuracy}
+            self.on_event({"event": "epoch", "phase": number, "rule": name, **figures})
+
+        def on_step(done: int, total: int) -> None:
+            self.on_event({"event": "step", "phase": number, "rule": name, "done": done, "total": total})
+
+        def save() -> None:
+            assert self.folder is not None
+            tensors, plain = trainer.state()
+            plain |= {"phase": number, "past": self.past}
+            text = {"weft": json.dumps(plain, allow_nan=False)}
+            write(self.folder / CHECKPOINT, serialise(_apart(tensors), metadata=text))
+            self.on_event({"event": "saved", "phase": number, "done": trainer.done, "total": trainer.total})
+
+        trainer.run(
+            on_epoch=on_epoch,
+            on_step=on_step,
+            save=None if self.folder is None else save,
+            save_every=self.recipe.checkpoint_seconds,
+        )
+        self.past.append([{**vars(epoch)} for epoch in trainer.history])
+
+    def _result(self, rule: Any) -> dict[str, Any]:
+        data, last = self.data, self.past[-1][-1]
+        why = {}
+        accuracy = None
+        if data.x_test is None or data.y_test is None:
+            why["accuracy"] = "the data has no test part (x_test, y_test)"
+        else:
+            accuracy = evaluate(rule, data.x_test, data.y_test)
+        phases = [
+            {"rule": phase.rule, "settings": self.recipe.settings(phase), "curve": curve}
+            for phase, curve in zip(self.recipe.rules, self.past, strict=True)
+        ]
+        return {
+            "accuracy": accuracy,
+            "validation_accuracy": last["validation_accuracy"],
+            "loss": last["loss"],
+            "seconds": sum(epoch["seconds"] for curve in self.past for epoch in curve),
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "phases": phases,
+            "why": why,
+            "recipe": self.recipe.model_dump(mode="json"),
+            "environment": measure.environment(),
+        }
+
+
+def _begin(folder: Path, recipe: Recipe) -> None:
+    if (folder / RECIPE).exists():
+        raise UsageError(f"{folder} holds a run already; go on with it by resume, or choose another folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WeftError(f"cannot make the folder {folder}: {error.strerror}; choose another") from error
+    write(folder / RECIPE, recipe.text().encode())
+
+
+def _state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """What the checkpoint of a folder holds; None where the run was ended before its first."""
+    path = folder / CHECKPOINT
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["weft"])  # noqa: SIM118
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise WeftError(f"{path} is no checkpoint of Weft's: {error}; start the run anew in another folder") from error
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies that share no storage, as safetensors wants them."""
+    return {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
+
+
+def write(path: Path, content: bytes) -> None:
+    """Replace a file in one step: after a kill or a full disk it is the old one or the new one, whole.
+
+    Raises:
+        WeftError: when it cannot be written; the old file stays.
+    """
+    name = ""
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=PREFIX)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException as error:
+        if name:
+            Path(name).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            full = "; free some space" if error.errno == errno.ENOSPC else ""
+            raise WeftError(f"cannot write {path}: {error.strerror}{full}; what was saved before is intact") from error
+        raise
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what a killed run was in the middle of writing."""
+    for left in folder.glob(f"{PREFIX}*"):
+        left.unlink(missing_ok=True)
