@@ -9,6 +9,8 @@ _WHERE = {
     "rule_checks": "weft.testing.rule",
 }
 
+__all__ = ["Example", "check_rule", "classification", "rule_checks"]
+
 
 def __getattr__(name: str) -> Any:
     import importlib

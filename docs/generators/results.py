@@ -1,0 +1,92 @@
+"""Measured figures, from the files that ``make bench`` writes; where a file is not there, nothing is said."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from generators.text import code, escape, table
+
+FOLDER = Path(__file__).parents[2] / "benchmarks" / "results"
+Row = dict[str, Any]
+
+
+def read(name: str) -> dict[str, Any] | None:
+    """One file of results, None where it does not exist."""
+    path = FOLDER / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def section(name: str) -> str:
+    """The figures of one benchmark as Markdown, with where they were measured; empty where there are none."""
+    document = read(name)
+    if document is None:
+        return ""
+    return SHOWN[name](document["rows"]) + "\n" + measured_on(document.get("environment", {}))
+
+
+def claims() -> dict[tuple[str, str], Row]:
+    """Records of claims by (method, function), where there is a file of them."""
+    document = read("claims")
+    if document is None:
+        return {}
+    records = document if isinstance(document, list) else document.get("claims", document.get("rows", []))
+    return {(record["method"], record["function"]): record for record in records}
+
+
+def measured_on(environment: Row) -> str:
+    """One line: machine, versions, commit."""
+    facts = [
+        environment.get("cpu"),
+        *(f"{key} {environment[key]}" for key in ("torch", "python") if key in environment),
+    ]
+    commit = environment.get("commit")
+    facts += [f"commit {commit[:10]}"] if commit else []
+    return f"Measured on {escape(', '.join(str(fact) for fact in facts if fact))}.\n"
+
+
+def _memory(rows: list[Row]) -> str:
+    sizes = [key for key in rows[0] if key.startswith("stages_")]
+    header = ["rule", "backward", "ready", *(key.replace("stages_", "") + " stages" for key in sizes)]
+    made = [
+        [_page(row["rule"]), code(row["backward"]), "yes" if row["ready"] else ""]
+        + [f"{row[key] / 1e6:.1f} MB" for key in sizes]
+        for row in rows
+    ]
+    return (
+        "Peak bytes of one step, gradients included, optimizer state not: stages of width 512 (`nn.Linear` and ReLU), "
+        "batch 128. With `ready` each parameter is updated and its gradient dropped as soon as it is final.\n\n"
+        + table(header, made, header[3:])
+    )
+
+
+def _steps(rows: list[Row]) -> str:
+    batches = list(dict.fromkeys(row["batch"] for row in rows))
+    ratios = {(row["rule"], row["batch"]): row["ratio_to_plain"] for row in rows}
+    header = ["rule", *(f"batch {batch}" for batch in batches)]
+    made = [
+        [_page(name), *(f"{ratios[name, batch]:.2f}" for batch in batches)]
+        for name in dict.fromkeys(row["rule"] for row in rows)
+    ]
+    return (
+        "CPU time of a step, optimizer excluded, as a ratio to plain PyTorch's forward and `loss.backward()`: "
+        "`mlp:500x500` on 28x28 inputs, one thread, medians of interleaved runs.\n\n" + table(header, made, header[1:])
+    )
+
+
+def _mnist(rows: list[Row]) -> str:
+    header = ["rule", "test accuracy, mean", "worst"]
+    made = [[_page(row["rule"]), f"{100 * row['mean']:.2f} %", f"{100 * row['worst']:.2f} %"] for row in rows]
+    return (
+        "MNIST after the last of 10 epochs, `mlp:500x500`, each rule with its own optimizer, three seeds.\n\n"
+        + table(header, made, header[1:])
+    )
+
+
+def _page(name: str) -> str:
+    return f"[{name}](methods/{name}.md)"
+
+
+SHOWN: dict[str, Callable[[list[Row]], str]] = {"memory": _memory, "steps": _steps, "mnist": _mnist}
