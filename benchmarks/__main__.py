@@ -25,10 +25,10 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", choices=[[], *PARTS], default=[], metavar="PART", help=", ".join(PARTS))
     chosen = parser.parse_args().parts or ["steps", "memory"]
     torch.set_num_threads(1)
-    RESULTS.mkdir(exist_ok=True)
     for name in chosen:
         rows = PARTS[name](lambda line: print(line, file=sys.stderr, flush=True))  # noqa: T201
         document = {"rows": rows, "environment": measure.environment()}
+        RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"{name}.json").write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         _show(name, rows)
 

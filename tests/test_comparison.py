@@ -229,3 +229,71 @@ def test_measure_step():
     assert ruled["forward_seconds"] is None and ruled["why"]["forward_seconds"]
     with pytest.raises(UsageError, match="did you mean"):
         weft.measure_step(rule="mono-foward")
+
+
+USERS = """
+import sys
+
+from torch import nn
+
+
+class Plain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.c(self.drop(self.b(self.a(x).relu())).relu())
+
+
+def normed():
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+
+
+class Exits(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(6, 3)
+
+    def forward(self, x):
+        sys.exit(0)
+"""
+
+
+@pytest.fixture
+def users(tmp_path):
+    (tmp_path / "m.py").write_text(USERS)
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 3, 155)
+    np.savez(tmp_path / "d.npz", x_train=rng.normal(size=(155, 6)) + y[:, None], y_train=y)
+    return tmp_path
+
+
+def test_dropout_repeats_and_backprop_agrees_with_itself(users):
+    names = ["backprop", "mono-forward"]
+    how = {"at": ["a", "b"], "epochs": 2, "batch_size": 32}
+    made = weft.compare(f"{users}/m.py:Plain", str(users / "d.npz"), names, **how)
+    assert [run["status"] for run in made["runs"]] == ["ok", "ok"]
+    assert made["runs"][0]["cosine_to_exact"]["last"] == pytest.approx(1)
+    assert made["runs"][1]["at"] == ["a", "b"]
+    alone = weft.compare(f"{users}/m.py:Plain", str(users / "d.npz"), names[1:], **how)
+    assert alone["runs"][0]["curve"] == made["runs"][1]["curve"]
+
+
+def test_a_model_without_cuts_is_listed_and_the_others_run(users):
+    made = weft.compare(f"{users}/m.py:Plain", str(users / "d.npz"), "mono-forward,backprop", epochs=1)
+    assert [run["status"] for run in made["runs"]] == ["unsupported", "ok"]
+    assert "at=" in made["runs"][0]["error"]
+
+
+def test_a_last_batch_of_one_row_and_batch_statistics(users):
+    made = weft.compare(f"{users}/m.py:normed", str(users / "d.npz"), "backprop", epochs=1, batch_size=128)
+    assert made["runs"][0]["status"] == "ok", made["runs"][0]["error"]
+
+
+def test_a_model_that_exits(users):
+    made = weft.compare(f"{users}/m.py:Exits", str(users / "d.npz"), "backprop", epochs=1)
+    assert made["runs"][0]["status"] == "error" and "SystemExit" in made["runs"][0]["error"]
+    with pytest.raises(WeftError, match="SystemExit"):
+        weft.measure_step(f"{users}/m.py:Exits", str(users / "d.npz"))

@@ -369,7 +369,18 @@ def test_download(tmp_path, monkeypatch) -> None:
         weft.data.load("mnist", data_dir=tmp_path / "own")
 
 
-@pytest.mark.parametrize(("n", "size"), [(10, 3), (12, 4), (1, 1), (5, 100)])
+def test_a_single_row_left_over_joins_the_batch_before() -> None:
+    assert [len(batch) for batch in weft.data.batches(10, 3, seed=0, epoch=0)] == [3, 3, 4]
+    assert [len(batch) for batch in weft.data.batches(3, 1, seed=0, epoch=0)] == [1, 1, 1]
+    for n in range(1, 40):
+        for size in range(1, 12):
+            made = list(weft.data.batches(n, size, seed=0, epoch=0))
+            assert len(made) == weft.data.batch_count(n, size)
+            assert sorted(torch.cat(made).tolist()) == list(range(n))
+            assert min(map(len, made)) > 1 or size == 1 or n == 1
+
+
+@pytest.mark.parametrize(("n", "size"), [(10, 4), (12, 4), (1, 1), (5, 100)])
 def test_batches(n: int, size: int) -> None:
     before = torch.random.get_rng_state()
     first, again, other, later = (

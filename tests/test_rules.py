@@ -233,3 +233,76 @@ def test_nothing_arrives_at_a_boundary_of_forward_forward():
     rule.cut.run = lambda x, boundary: run(x, boundary, signals=True)
     rule.step(torch.randn(9, 12), torch.arange(9) % 3)
     assert rule.cut.signal(0) is None and rule.cut.signal(1) is None
+
+
+def test_forward_gradient_of_a_module_used_twice_and_of_tied_weights():
+    twice = nn.Linear(4, 4)
+    model = nn.Sequential(nn.Linear(4, 4), twice, nn.Tanh(), twice, nn.Linear(4, 4)).double()
+    model[4].weight = model[0].weight
+    kept = {id(p) for p in model.parameters()}
+    x, y = torch.randn(6, 4, dtype=torch.float64), torch.arange(6) % 3
+    rule = weft.rules.ForwardGradient(model)
+    generator = rule.rng("direction", 0)
+    direction = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in model.parameters()]
+    rule.step(x, y)
+    assert {id(p) for p in model.parameters()} == kept and isinstance(twice.weight, nn.Parameter)
+    exact = torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
+    slope = sum((g * v).sum() for g, v in zip(exact, direction, strict=True))
+    for p, v in zip(model.parameters(), direction, strict=True):
+        torch.testing.assert_close(p.grad, slope * v)
+
+
+@pytest.mark.parametrize("name", [card.name for card in weft.methods(contract="rule")])
+def test_autocast(name):
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    rule = weft.create(name, model)
+    with torch.autocast("cpu", torch.bfloat16):
+        rule.step(torch.randn(6, 8), torch.arange(6) % 3)
+    assert all(p.grad.dtype == torch.float32 for p in rule.trainable())
+
+
+def test_feedback_alignment_refuses_recurrent_weights_in_lists():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.head = nn.GRU(4, 5, batch_first=True), nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.head(self.rnn(x)[0][:, -1])
+
+    with pytest.raises(Unsupported, match="gru"):
+        weft.rules.FeedbackAlignment(Recurrent()).step(torch.randn(2, 3, 4), torch.arange(2))
+
+
+def test_learned_positions_are_no_weight_of_a_product():
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.positions, self.head = nn.Parameter(torch.zeros(3, 4)), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.head((x + self.positions).mean(1))
+
+    rule = weft.rules.FeedbackAlignment(Positions())
+    rule.step(torch.randn(2, 3, 4), torch.arange(2))
+    assert float(rule.model.positions.grad.abs().max()) > 0
+
+
+def test_nothing_to_differentiate_is_an_error():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3))
+    for name in ("backprop", "feedback-alignment", "mono-forward"):
+        with torch.no_grad(), pytest.raises(UsageError, match="no_grad"):
+            weft.create(name, model).step(torch.randn(2, 4), torch.arange(2))
+
+
+def test_a_model_that_gives_a_tuple():
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.layer(x), x
+
+    with pytest.raises(weft.DataError, match="gives a tuple; wrap it"):
+        weft.rules.Backprop(Pair()).step(torch.randn(2, 4), torch.arange(2))

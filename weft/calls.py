@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode, resolve_name
@@ -13,6 +14,9 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from weft.errors import Unsupported
 
 Handler = Callable[..., Any]
+
+# They move no gradient through a weight's values: a look-up, sums.
+ALLOWED = (F.embedding, torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__, torch.Tensor.add_)
 
 
 class Calls(TorchFunctionMode):
@@ -26,7 +30,7 @@ class Calls(TorchFunctionMode):
     """
 
     def __init__(
-        self, handlers: Mapping[Any, Handler], *, strict: bool = False, allow: tuple[Any, ...] = (F.embedding,)
+        self, handlers: Mapping[Any, Handler], *, strict: bool = False, allow: tuple[Any, ...] = ALLOWED
     ) -> None:
         super().__init__()
         self.handlers = dict(handlers)
@@ -38,7 +42,7 @@ class Calls(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in self.handlers:
             return self.handlers[func](*args, **kwargs)
-        if self.strict and func not in self.allow and any(_is_weight(a) for a in [*args, *kwargs.values()]):
+        if self.strict and func not in self.allow and _holds_weight([*args, *kwargs.values()]):
             name = resolve_name(func) or getattr(func, "__name__", str(func))
             if not name.endswith((".__get__", ".__set__", "size", "dim", "register_hook", "requires_grad_")):
                 known = ", ".join(sorted(getattr(f, "__name__", str(f)) for f in self.handlers))
@@ -46,5 +50,7 @@ class Calls(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _is_weight(value: Any) -> bool:
+def _holds_weight(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return any(_holds_weight(part) for part in value)
     return isinstance(value, nn.Parameter) and value.ndim >= 2

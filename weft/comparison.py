@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from weft import data as data_sets
 from weft import measure, models
 from weft.cards import Card
-from weft.errors import Unsupported, UsageError, WeftError, unknown
+from weft.errors import StageError, Unsupported, UsageError, WeftError, unknown
 from weft.method import card, methods
 from weft.optimizers import build_optimizer, settings_of
+from weft.optimizers import chosen as choose
 from weft.recipe import Recipe
 from weft.runs import write
 from weft.training import Epoch, evaluate, fit
@@ -46,6 +47,7 @@ def compare(
     rules: str | Sequence[str] | None = None,
     *,
     data_dir: str | Path | None = None,
+    at: Sequence[str] | None = None,
     epochs: int = 10,
     batch_size: int = 128,
     seed: int = 0,
@@ -65,6 +67,7 @@ def compare(
         rules: names of rules, as a list or comma-separated; ``"all"`` for every rule; by default backprop and the
             rules that the command's documentation lists.
         data_dir: where data sets are, by default ``WEFT_DATA`` or the user's cache.
+        at: modules to cut behind, for the rules that need stages; see :func:`weft.stages.cut`.
         epochs: passes over the training part (the first five sixths of the training set; the rest validates).
         batch_size: rows a step.
         seed: the first seed; of weights, batches and whatever the rule draws.
@@ -90,12 +93,15 @@ def compare(
         build_optimizer(optimizer or "adam", [nn.Parameter(torch.zeros(1))], 1e-3 if lr is None else lr)
     loaded = data_sets.load(data, data_dir=data_dir)
     how = {"model": model, "data": data, "epochs": epochs, "batch_size": batch_size, "seed": seed, "seeds": seeds}
+    how |= {"at": None if at is None else list(at)}
     how |= {"data_dir": None if data_dir is None else str(data_dir)}
     how |= {"threads": threads, "rules": [c.name for c in chosen]}
     how |= {"optimizer": optimizer, "lr": lr, "same_optimizer": same_optimizer}
     rows = [loaded.y_train, loaded.y_validation, loaded.y_test]
     how["rows"] = dict(zip(("train", "validation", "test"), [0 if r is None else len(r) for r in rows], strict=True))
     document: dict[str, Any] = {"runs": [], "settings": how, "environment": {}}
+    if out is not None:
+        keep(Path(out), document)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -157,16 +163,21 @@ class _Runner:
         record: dict[str, Any] = {"rule": one.name, "seed": seed, "status": "error", "error": None, "why": {}}
         figures = ("accuracy", "validation_accuracy", "loss", "seconds_per_epoch", *MEASURED, "cosine_to_exact")
         record |= dict.fromkeys((*figures, "parameters", "extra_parameters"))
-        record |= {"defaults": {}, "initial_weights": "own" if "own-model" in one.tags else "shared", "curve": []}
+        record |= {
+            "at": None,
+            "defaults": {},
+            "initial_weights": "own" if "own-model" in one.tags else "shared",
+            "curve": [],
+        }
         self.on_event({"event": "run", "rule": one.name, "seed": seed})
         model = self.model(seed)
-        record["parameters"] = sum(p.numel() for p in model.parameters())
         try:
+            record["parameters"] = sum(p.numel() for p in model.parameters())
             self._train(one, seed, model, record)
             record["status"] = "ok"
-        except Unsupported as error:
+        except (Unsupported, StageError) as error:
             record |= {"status": "unsupported", "error": str(error)}
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a user's model may end in any way
             text = str(error) if isinstance(error, WeftError) else f"{type(error).__name__}: {error}"
             record["error"] = text or type(error).__name__
         for name in (*figures, "parameters", "extra_parameters"):
@@ -181,7 +192,8 @@ class _Runner:
     def _train(self, one: Card, seed: int, model: nn.Module, record: dict[str, Any]) -> None:
         how = self.how
         source = card(BASELINE) if how["same_optimizer"] else one
-        rule = one.build(model, seed=seed)
+        rule = build(one, model, seed, how["at"])
+        record["at"] = None if rule.cut is None else list(rule.cut.at)
         record["defaults"] = self._settings(rule, source)
         if one.name not in self.measured:
             self.measured[one.name] = self._measure(one, rule)
@@ -236,8 +248,7 @@ class _Runner:
         """What the rule is trained with."""
         if rule.updates == "self":
             return {"optimizer": None, "lr": None, "schedule": None}
-        given = {"optimizer": self.how["optimizer"], "lr": self.how["lr"]}
-        return settings_of(rule, **source.defaults) | {k: v for k, v in given.items() if v is not None}
+        return choose(settings_of(rule, **source.defaults), optimizer=self.how["optimizer"], lr=self.how["lr"])
 
     def _measure(self, one: Card, rule: Any) -> dict[str, Any]:
         """Step time against backprop's, bytes kept and peak bytes, of copies."""
@@ -266,6 +277,21 @@ class _Runner:
         return found
 
 
+def build(one: Card, model: nn.Module, seed: int, at: Sequence[str] | None) -> Any:
+    """A rule, cut as asked where it needs stages.
+
+    Raises:
+        Unsupported, StageError: when the rule cannot train the model so.
+    """
+    try:
+        rule = one.build(model, seed=seed)
+    except StageError:
+        if at is None:
+            raise
+        return one.build(model, seed=seed, at=at)
+    return rule if at is None or rule.cut is None else one.build(model, seed=seed, at=at)
+
+
 def cosine_to_exact(one: Card, rule: Any, x: Any, y: Tensor) -> tuple[float | None, str | None]:
     """Cosine of a rule's gradient with that of the cross-entropy of the model's own scores, and why there is none.
 
@@ -278,10 +304,13 @@ def cosine_to_exact(one: Card, rule: Any, x: Any, y: Tensor) -> tuple[float | No
     mine = copy.deepcopy(rule)
     mine.train()
     mine.zero_grad(set_to_none=True)
-    mine.step(x, y)
+    with torch.random.fork_rng(devices=[]):
+        drawn = torch.get_rng_state()
+        mine.step(x, y)
+        torch.set_rng_state(drawn)  # so that dropout draws the same masks
+        exact = measure.exact_gradient(mine.model, x, y)
     names = [name for name, p in mine.model.named_parameters() if p.requires_grad]
     found = [mine.model.get_parameter(name).grad for name in names]
-    exact = measure.exact_gradient(mine.model, x, y)
     value = measure.cosine(found, [exact[name] for name in names])
     return value, None if value is not None else "one of the gradients is zero"
 
@@ -297,8 +326,9 @@ def keep(folder: Path, document: dict[str, Any]) -> None:
     except OSError as error:
         raise WeftError(f"cannot make the folder {folder}: {error.strerror}; choose another with --out") from error
     write(folder / "compare.json", json.dumps(document, indent=1, allow_nan=False).encode())
-    run = document["runs"][-1]
-    if run["status"] != "unsupported":
+    for run in document["runs"][-1:]:
+        if run["status"] == "unsupported":
+            continue
         write(folder / f"{run['rule']}-seed{run['seed']}.yaml", recipe_of(run, document["settings"]).text().encode())
 
 
@@ -306,4 +336,7 @@ def recipe_of(run: dict[str, Any], how: dict[str, Any]) -> Recipe:
     """The recipe that repeats one run of a comparison."""
     trained = {key: value for key, value in run["defaults"].items() if value is not None}
     shared = {key: how[key] for key in ("model", "data", "data_dir", "batch_size", "threads")}
-    return Recipe.of({**shared, "seed": run["seed"], "rule": run["rule"], "epochs": how["epochs"], **trained})
+    options = {} if run["at"] is None else {"options": {"at": run["at"]}}
+    return Recipe.of(
+        {**shared, "seed": run["seed"], "rule": run["rule"], "epochs": how["epochs"], **trained, **options}
+    )

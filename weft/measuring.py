@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 
 from weft import data as data_sets
 from weft import measure, models
-from weft.errors import UsageError
+from weft.comparison import build
+from weft.errors import UsageError, WeftError
 from weft.method import card
 
 
@@ -19,6 +21,7 @@ def measure_step(
     rule: str | None = None,
     *,
     data_dir: str | Path | None = None,
+    at: Sequence[str] | None = None,
     batch_size: int = 128,
     seed: int = 0,
     threads: int = 1,
@@ -26,7 +29,7 @@ def measure_step(
     """Time, bytes kept by module, peak bytes and operations of one step, as plain data.
 
     Args:
-        model, data, data_dir: as in :func:`weft.compare`.
+        model, data, data_dir, at: as in :func:`weft.compare`.
         rule: a rule's name; plain backpropagation without Weft where None.
         batch_size: rows of the step.
         seed: of weights, batch and rule.
@@ -50,8 +53,13 @@ def measure_step(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        built = None if found is None else found.build(net, seed=seed)
-        report = measure.take_apart(net, loaded.x_train[index], loaded.y_train[index], rule=built)
+        try:
+            built = None if found is None else build(found, net, seed, at)
+            report = measure.take_apart(net, loaded.x_train[index], loaded.y_train[index], rule=built)
+        except WeftError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise WeftError(f"{model} failed in a step: {type(error).__name__}: {error}") from error
         settings = {"model": model, "data": data, "rule": rule, "batch_size": len(index), "seed": seed}
         settings["threads"] = threads
         return {**report.to_dict(), "settings": settings, "environment": measure.environment()}

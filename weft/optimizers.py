@@ -24,6 +24,7 @@ SCHEDULES: Mapping[str, Callable[[float], float]] = {
     "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
     "linear": lambda done: 1.0 - done,
 }
+RATES = {"adam": 1e-3, "adamw": 1e-3, "sgd": 1e-1, "rmsprop": 1e-3}  # where another optimizer than the card's is given
 DEFAULTS = {"optimizer": "adam", "lr": 1e-3, "schedule": "cosine"}
 
 
@@ -46,4 +47,12 @@ def settings_of(rule: Any, **given: Any) -> dict[str, Any]:
         defaults = card(rule.method_name).defaults
     except WeftError:
         defaults = {}
-    return {**DEFAULTS, **defaults, **{k: v for k, v in given.items() if v is not None}}
+    return chosen({**DEFAULTS, **defaults}, **given)
+
+
+def chosen(defaults: Mapping[str, Any], **given: Any) -> dict[str, Any]:
+    """Defaults under what is given (not None); another optimizer alone comes with a learning rate of its own."""
+    found = {**defaults, **{key: value for key, value in given.items() if value is not None}}
+    if found["optimizer"] != defaults["optimizer"] and given.get("lr") is None:
+        found["lr"] = RATES.get(found["optimizer"], found["lr"])
+    return found

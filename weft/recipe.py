@@ -14,6 +14,7 @@ from weft.cards import Card
 from weft.errors import RecipeError, UsageError, unknown
 from weft.method import card
 from weft.optimizers import DEFAULTS, OPTIMIZERS, SCHEDULES
+from weft.optimizers import chosen as choose
 
 SINGLE = ("rule", "epochs", "options", "optimizer", "lr", "schedule", "weight_decay", "clip")
 
@@ -138,7 +139,7 @@ class Recipe(_Plain):
     def settings(self, phase: Phase) -> dict[str, Any]:
         """Optimizer, learning rate and schedule of a phase: its own, else its card's, else Weft's."""
         own = {"optimizer": phase.optimizer, "lr": phase.lr, "schedule": phase.schedule}
-        return {**DEFAULTS, **card(phase.rule).defaults, **{k: v for k, v in own.items() if v is not None}}
+        return choose({**DEFAULTS, **card(phase.rule).defaults}, **own)
 
 
 def _phases(entries: list[Any]) -> list[Any]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from weft.data import batches
+from weft.data import batch_count, batches
 from weft.errors import NonFinite, UsageError, WeftError, unknown
 from weft.optimizers import SCHEDULES, build_optimizer, settings_of
 
@@ -87,7 +87,7 @@ class Trainer:
             raise UsageError(f"{rule.method_name} changes the weights itself; leave clip, accumulate, weight_decay out")
         self.rule, self.data, self.epochs, self.batch_size, self.seed = rule, data, epochs, batch_size, seed
         self.weight_decay, self.clip, self.accumulate, self.autocast = weight_decay, clip, accumulate, autocast
-        self.per_epoch = math.ceil(len(data.y_train) / batch_size)
+        self.per_epoch = batch_count(len(data.y_train), batch_size)
         self.done, self.total = 0, epochs * self.per_epoch
         self.history: list[Epoch] = []
         self.optimizer = self._optimizer()

@@ -37,7 +37,7 @@ def claims(
     mutants: Annotated[
         bool, typer.Option("--mutants", help="Break the source in the ways that each claim lists; it must then fail.")
     ] = False,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Passed to every claim.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**60, help="Passed to every claim.")] = 0,
     workers: Annotated[
         int | None, typer.Option("--workers", min=1, help="Processes at a time.", show_default="one a core")
     ] = None,

@@ -9,13 +9,14 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from weft.cli.output import FAILED, WIDE, AsJson, number, print_json, quiet_stdout, stderr, stdout, table
-from weft.cli.shared import Batch, DataDir, DataName, ModelName, Seed, Threads, size
+from weft.cli.shared import At, Batch, DataDir, DataName, ModelName, Seed, Threads, names, size
 
 
 def compare(
     model: ModelName = "mlp",
     data: DataName = "digits",
     data_dir: DataDir = None,
+    at: At = None,
     rules: Annotated[
         str | None,
         typer.Option("--rules", metavar="a,b,c|all", help="Which rules.", show_default="eight of them"),
@@ -50,6 +51,7 @@ def compare(
             data,
             rules,
             data_dir=data_dir,
+            at=names(at),
             epochs=epochs,
             batch_size=batch_size,
             seed=seed,

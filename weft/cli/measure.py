@@ -7,13 +7,14 @@ from typing import Annotated, Any
 import typer
 
 from weft.cli.output import AsJson, number, print_json, quiet_stdout, stdout, table
-from weft.cli.shared import Batch, DataDir, DataName, ModelName, Seed, Threads, size
+from weft.cli.shared import At, Batch, DataDir, DataName, ModelName, Seed, Threads, names, size
 
 
 def measure(
     model: ModelName = "mlp",
     data: DataName = "digits",
     data_dir: DataDir = None,
+    at: At = None,
     rule: Annotated[
         str | None,
         typer.Option("--rule", metavar="R", help="A rule.", show_default="plain backprop"),
@@ -28,7 +29,7 @@ def measure(
         import weft
 
         document = weft.measure_step(
-            model, data, rule, data_dir=data_dir, batch_size=batch_size, seed=seed, threads=threads
+            model, data, rule, data_dir=data_dir, at=names(at), batch_size=batch_size, seed=seed, threads=threads
         )
     if as_json:
         print_json(document)

@@ -24,9 +24,18 @@ DataDir = Annotated[
     str | None,
     typer.Option("--data-dir", metavar="DIR", help="Where data sets are.", show_default="$WEFT_DATA"),
 ]
+At = Annotated[
+    str | None,
+    typer.Option("--at", metavar="a,b", help="Modules to cut behind, for rules with stages.", show_default=False),
+]
 Batch = Annotated[int, typer.Option("--batch-size", min=1, help="Rows of a step.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Of weights, batches and whatever is drawn.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**60, help="Of weights, batches and whatever is drawn.")]
 Threads = Annotated[int, typer.Option("--threads", min=1, help="Of torch.")]
+
+
+def names(given: str | None) -> list[str] | None:
+    """``a,b`` as a list."""
+    return None if given is None else [name.strip() for name in given.split(",") if name.strip()]
 
 
 def size(value: int | None) -> str:

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING
 from weft.data.sources import names
 
 if TYPE_CHECKING:
-    from weft.data.dataset import Dataset, batches
+    from weft.data.dataset import Dataset, batch_count, batches
     from weft.data.loading import load
 
-__all__ = ["Dataset", "batches", "load", "names"]
+__all__ = ["Dataset", "batch_count", "batches", "load", "names"]
 
 if not TYPE_CHECKING:
     _HOME = {
         "Dataset": "weft.data.dataset",
+        "batch_count": "weft.data.dataset",
         "batches": "weft.data.dataset",
         "load": "weft.data.loading",
     }

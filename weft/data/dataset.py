@@ -78,7 +78,8 @@ def batches(n: int, batch_size: int, *, seed: int, epoch: int, shuffle: bool = T
         shuffle: False gives 0..n-1 in order.
 
     Returns:
-        An iterator over [B] int64 tensors that together hold each of 0..n-1 once, B = ``batch_size`` but for the last.
+        An iterator over [B] int64 tensors that together hold each of 0..n-1 once, B = ``batch_size`` but for the last;
+        a single row that would be left over joins the batch before it, since batch statistics need two.
 
     Raises:
         UsageError: ``batch_size`` is below 1, or an argument is not an integer.
@@ -96,4 +97,13 @@ def batches(n: int, batch_size: int, *, seed: int, epoch: int, shuffle: bool = T
         order = torch.randperm(n, generator=generator)
     else:
         order = torch.arange(n)
-    return iter(order.split(batch_size))
+    parts = list(order.split(batch_size))
+    if len(parts) > batch_count(n, batch_size):
+        parts[-2:] = [torch.cat(parts[-2:])]
+    return iter(parts)
+
+
+def batch_count(n: int, batch_size: int) -> int:
+    """How many batches :func:`batches` makes of ``n`` rows."""
+    count = -(-n // batch_size)
+    return count - 1 if count > 1 and batch_size > 1 and n % batch_size == 1 else count

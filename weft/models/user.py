@@ -144,7 +144,7 @@ def make(path: Path, function: str, *, input_shape: tuple[int, ...], classes: in
             model = call(**arguments)
     except WeftError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(f"{called} raised {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise UsageError(f"{called} returned {type(model).__name__}, expected a torch.nn.Module: return the model")

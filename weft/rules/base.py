@@ -156,6 +156,8 @@ class Rule(nn.Module):
         Raises:
             DataError: when the labels do not fit the scores.
         """
+        if not isinstance(scores, Tensor):
+            raise DataError(f"the model gives a {type(scores).__name__}; wrap it so that it gives a tensor of scores")
         scores, y = flat(scores, y)
         if self.loss is F.cross_entropy:
             check_labels(scores, y)
@@ -188,6 +190,10 @@ class Rule(nn.Module):
             return
         given = gradients or [None] * len(tensors)
         heads = [(t, g) for t, g in zip(tensors, given, strict=True) if t.requires_grad]
+        if tensors and not heads:
+            raise UsageError(
+                "there is nothing to differentiate: step runs under no_grad, or the model detaches its output"
+            )
         whole = isinstance(scale, float) and scale == 1.0
         arriving = [
             g if whole else torch.as_tensor(scale, dtype=t.dtype, device=t.device) if g is None else g * scale

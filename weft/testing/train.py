@@ -28,7 +28,7 @@ def train(rule: Any, *, epochs: int, batch_size: int = 64, seed: int = 0, lr: fl
     defaults = card(rule.method_name).defaults
     rate = lr or defaults.get("lr", 1e-3)
     optimizer = torch.optim.Adam(rule.trainable(), lr=rate, fused=True)
-    total = epochs * math.ceil(len(digits.y_train) / batch_size)
+    total = epochs * data.batch_count(len(digits.y_train), batch_size)
     done = 0
     for epoch in range(epochs):
         for index in data.batches(len(digits.y_train), batch_size, seed=seed, epoch=epoch):
