@@ -16,6 +16,7 @@ from weft import data as data_sets
 from weft import measure, models
 from weft.cards import Card
 from weft.errors import StageError, Unsupported, UsageError, WeftError, unknown
+from weft.measuring import build, cosine_to_exact
 from weft.method import card, methods
 from weft.optimizers import build_optimizer, settings_of
 from weft.optimizers import chosen as choose
@@ -275,44 +276,6 @@ class _Runner:
             except WeftError as error:
                 found[name], found["why"][name] = None, str(error)
         return found
-
-
-def build(one: Card, model: nn.Module, seed: int, at: Sequence[str] | None) -> Any:
-    """A rule, cut as asked where it needs stages.
-
-    Raises:
-        Unsupported, StageError: when the rule cannot train the model so.
-    """
-    try:
-        rule = one.build(model, seed=seed)
-    except StageError:
-        if at is None:
-            raise
-        return one.build(model, seed=seed, at=at)
-    return rule if at is None or rule.cut is None else one.build(model, seed=seed, at=at)
-
-
-def cosine_to_exact(one: Card, rule: Any, x: Any, y: Tensor) -> tuple[float | None, str | None]:
-    """Cosine of a rule's gradient with that of the cross-entropy of the model's own scores, and why there is none.
-
-    Taken over the parameters that the model owns, at the same weights and batch; on a copy, so that nothing changes.
-    """
-    if "own-model" in one.tags:
-        return None, "the rule trains a model of its own"
-    if rule.updates == "self":
-        return None, "the rule changes the weights itself and has no gradient"
-    mine = copy.deepcopy(rule)
-    mine.train()
-    mine.zero_grad(set_to_none=True)
-    with torch.random.fork_rng(devices=[]):
-        drawn = torch.get_rng_state()
-        mine.step(x, y)
-        torch.set_rng_state(drawn)  # so that dropout draws the same masks
-        exact = measure.exact_gradient(mine.model, x, y)
-    names = [name for name, p in mine.model.named_parameters() if p.requires_grad]
-    found = [mine.model.get_parameter(name).grad for name in names]
-    value = measure.cosine(found, [exact[name] for name in names])
-    return value, None if value is not None else "one of the gradients is zero"
 
 
 def keep(folder: Path, document: dict[str, Any]) -> None:

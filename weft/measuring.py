@@ -1,17 +1,19 @@
-"""One training step of a named model on a named data set, taken apart."""
+"""One training step of a named model on named data, taken apart; how well a gradient agrees with the exact one."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from weft import data as data_sets
 from weft import measure, models
-from weft.comparison import build
-from weft.errors import UsageError, WeftError
+from weft.cards import Card
+from weft.errors import StageError, UsageError, WeftError
 from weft.method import card
 
 
@@ -65,3 +67,41 @@ def measure_step(
         return {**report.to_dict(), "settings": settings, "environment": measure.environment()}
     finally:
         torch.set_num_threads(before)
+
+
+def build(one: Card, model: nn.Module, seed: int, at: Sequence[str] | None) -> Any:
+    """A rule, cut as asked where it needs stages.
+
+    Raises:
+        Unsupported, StageError: when the rule cannot train the model so.
+    """
+    try:
+        rule = one.build(model, seed=seed)
+    except StageError:
+        if at is None:
+            raise
+        return one.build(model, seed=seed, at=at)
+    return rule if at is None or rule.cut is None else one.build(model, seed=seed, at=at)
+
+
+def cosine_to_exact(one: Card, rule: Any, x: Any, y: Tensor) -> tuple[float | None, str | None]:
+    """Cosine of a rule's gradient with that of the cross-entropy of the model's own scores, and why there is none.
+
+    Taken over the parameters that the model owns, at the same weights and batch; on a copy, so that nothing changes.
+    """
+    if "own-model" in one.tags:
+        return None, "the rule trains a model of its own"
+    if rule.updates == "self":
+        return None, "the rule changes the weights itself and has no gradient"
+    mine = copy.deepcopy(rule)
+    mine.train()
+    mine.zero_grad(set_to_none=True)
+    with torch.random.fork_rng(devices=[]):
+        drawn = torch.get_rng_state()
+        mine.step(x, y)
+        torch.set_rng_state(drawn)  # so that dropout draws the same masks
+        exact = measure.exact_gradient(mine.model, x, y)
+    names = [name for name, p in mine.model.named_parameters() if p.requires_grad]
+    found = [mine.model.get_parameter(name).grad for name in names]
+    value = measure.cosine(found, [exact[name] for name in names])
+    return value, None if value is not None else "one of the gradients is zero"
