@@ -7,9 +7,8 @@
 
 A label's code is ``s`` at its own feature and 0 at the other K - 1; the neutral code is s / K at each. A negative row
 carries a wrong label, drawn in proportion to the head's probabilities of the wrong classes ("hard"), anew each step.
-The paper's code takes the sum of squares less the number of units D, at temperature 1: here T = 1 / D, and the default
-is D / 20 times softer. It leaves the first hidden layer out of the goodness to predict by and of the head's input; here
-all layers count and the head is the model's own. Its peer normalisation and weight decay are left out.
+The paper's code has the sum of squares less the number of units D at temperature 1: T = 1 / D, softer here. It leaves
+the first hidden layer out of the goodness and the head's input; here all layers count, and the head is the model's own.
 
 Paper: "The Forward-Forward Algorithm: Some Preliminary Investigations", Geoffrey Hinton, 2022, arXiv:2212.13345.
 """
@@ -47,7 +46,7 @@ def overlay(x: Tensor, labels: Tensor | None, classes: int, scale: float) -> Ten
 
 def goodness(h: Tensor) -> Tensor:
     """The mean square of each row of activations ``[B, ...]``: ``[B]``, at least in float32."""
-    return h.flatten(1).square().mean(1, dtype=torch.promote_types(h.dtype, torch.float32))
+    return h.to(torch.promote_types(h.dtype, torch.float32)).flatten(1).square().mean(1)
 
 
 def normalise(h: Tensor) -> Tensor:
@@ -148,7 +147,8 @@ class ForwardForward(Rule):
         rows = torch.cat([overlay(x, labels, self.classes, self.label_scale) for labels in (y, wrong)])
         self.cut.run(normalise(rows), behind)
         self.cut.require_unshared("forward-forward")
-        self.descend(losses, left.values(), scale=scale, ready=ready)
+        joint = losses if self.backward == "joint" else []
+        self.descend(joint, left.values(), scale=scale, ready=ready)
         return losses[-1]
 
     @torch.no_grad()
@@ -194,8 +194,8 @@ class ForwardForward(Rule):
 
 
 def example() -> Example:
-    """A small MLP and a batch for it."""
-    return classification()
+    """A small MLP and a batch for it; so soft that negatives of small goodness count."""
+    return classification(temperature=1.0)
 
 
 @claim(
@@ -203,7 +203,7 @@ def example() -> Example:
     row=2,
     mutants={
         "pulled up": ("F.softplus(low)", "F.softplus(-low)"),
-        "sum of squares": (".mean(1, dtype=", ".sum(1, dtype="),
+        "sum of squares": (".square().mean(1)", ".square().sum(1)"),
         "length kept": ("normalise(h.detach())", "h.detach()"),
         "uniform negatives": ('self.negatives == "hard"', "False"),
         "head sees the label": ("if k < self.last - 1 else neutral", "if k < self.last else neutral"),
