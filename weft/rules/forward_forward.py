@@ -250,7 +250,7 @@ def layer_equations(seed: int) -> list[Check]:
     row=2,
     mutants={
         "negatives by the head": ('self.negatives == "hard"', 'self.negatives == "uniform"'),
-        "one loss": ("self.descend(losses,", "self.descend([sum(losses) ** 2],"),
+        "one loss": ("self.descend(joint,", "self.descend([sum(losses) ** 2],"),
     },
 )
 def later_layers(seed: int) -> list[Check]:
@@ -268,7 +268,7 @@ def later_layers(seed: int) -> list[Check]:
     "a 2x500 network reaches at least 90 % test accuracy on 8x8 digits, predicting by goodness",
     row=2,
     mutants={
-        "hidden layers untrained": ("self.descend(losses,", "self.descend(losses[-1:],"),
+        "hidden layers untrained": ("self.descend(joint,", "self.descend(joint[-1:],"),
         "pulled up": ("F.softplus(low)", "F.softplus(-low)"),
         "no label": ("labels[:, None], scale)", "labels[:, None], 0.0)"),
     },
