@@ -32,6 +32,7 @@ from weft.method import method
 from weft.ops.feedback import FeedbackFunction, handlers
 from weft.rules.base import Ready, Rule, Scale, check_finite, inputs
 from weft.testing.example import Example, classification
+from weft.testing.reference import feedback_mlp
 
 FEEDBACKS = ("chain", "direct")
 
@@ -145,35 +146,13 @@ def example() -> Example:
     return classification()
 
 
-def _reference(kind: str, gain: float, made: Example, drawn: Any) -> list[Any]:
-    """Gradients of a 3-layer ReLU MLP in numpy; ``drawn(shape, tag...)`` gives the standard normal matrices."""
-    import numpy as np
-
-    weights = [p.detach().numpy() for p in made.model.parameters()]
-    w, b, x, n = weights[0::2], weights[1::2], made.x.numpy(), len(made.y)
-    h1 = np.maximum(0, x @ w[0].T + b[0])
-    h2 = np.maximum(0, h1 @ w[1].T + b[1])
-    scores = h2 @ w[2].T + b[2]
-    e = np.exp(scores - scores.max(1, keepdims=True))
-    e = (e / e.sum(1, keepdims=True) - np.eye(scores.shape[1])[made.y.numpy()]) / n
-    if kind == "chain":
-        d2 = (h2 > 0) * (e @ drawn(w[2].shape, "4.weight") / np.sqrt(3 * w[2].shape[1]))
-        d1 = (h1 > 0) * (d2 @ drawn(w[1].shape, "2.weight") / np.sqrt(3 * w[1].shape[1]))
-    else:
-        d1, d2 = (
-            (h > 0) * (e @ drawn((e.shape[1], h.shape[1]), "direct", k)) * gain / np.sqrt(h.shape[1])
-            for k, h in enumerate((h1, h2))
-        )
-    return [d1.T @ x, d1.sum(0), d2.T @ h1, d2.sum(0), e.T @ h2, e.sum(0)]
-
-
 def _error_against_numpy(kind: str, seed: int) -> float:
     gain = 0.7
     made = classification(seed=seed, dtype=torch.float64, batch=9)
     rule = FeedbackAlignment(made.model, feedback=kind, gain=gain, seed=seed)
     rule.step(made.x, made.y)
     like = made.x
-    want = _reference(kind, gain, made, lambda shape, *tags: rule.fixed_normal(shape, like, *tags).numpy())
+    want = feedback_mlp(kind, gain, made, lambda shape, *tags: rule.fixed_normal(shape, like, *tags).numpy())
     pairs = zip([p.grad for p in made.model.parameters()], want, strict=True)
     return max(float((g - torch.from_numpy(r)).abs().max()) / float(abs(r).max()) for g, r in pairs if g is not None)
 
@@ -204,6 +183,27 @@ def chain_equations(seed: int) -> Check:
 def direct_equations(seed: int) -> Check:
     """Largest error relative to the largest entry, over all gradients."""
     return Check(_error_against_numpy("direct", seed), 1e-10)
+
+
+@claim(
+    "feedback matrices are standard normal before their scale, and independent between layers and seeds",
+    row=139,
+    mutants={
+        "uniform": ("drawn = torch.randn(*shape,", "drawn = torch.rand(*shape,", "weft.rules.base"),
+        "one for all layers": ("self.rng(*tags, fixed=True)", "self.rng(fixed=True)", "weft.rules.base"),
+        "wider": ("= drawn.to(like", "= 2 * drawn.to(like", "weft.rules.base"),
+    },
+)
+def feedback_matrices(seed: int) -> list[Check]:
+    """Mean, variance and correlations of 40,000 entries in standard errors, and whether one lies below -3."""
+    like, found = torch.zeros((), dtype=torch.float64), []
+    for number in (seed, seed + 1):
+        rule = FeedbackAlignment(classification().model, seed=number)
+        found += [rule.fixed_normal((100, 400), like, tag).flatten() for tag in ("a", "b")]
+    a, b, c, _ = found
+    off = [a.mean(), (a.var() - 1) / 2**0.5, (a * b).mean(), (a * c).mean()]
+    worst = max(abs(float(v)) for v in off) * 40_000**0.5
+    return [Check(float(a.min()), -3.0, "<", "least entry"), Check(worst, 6.5, "<=", "standard errors")]
 
 
 @claim(

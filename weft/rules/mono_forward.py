@@ -271,14 +271,6 @@ def digits_accuracy_after_60_epochs(seed: int) -> Check:
 
 def _points_behind(seed: int, hidden: tuple[int, ...], *, epochs: int, lr: float) -> float:
     from weft.rules.backprop import Backprop
-    from weft.testing.train import digits_accuracy, digits_mlp, train
+    from weft.testing.train import points_behind
 
-    points = {}
-    for kind in (MonoForward, Backprop):
-        total = 0.0
-        for i in range(5):
-            rule = kind(digits_mlp(hidden, 5 * seed + i), seed=i)
-            train(rule, epochs=epochs, seed=5 * seed + i, lr=lr)
-            total += 100 * digits_accuracy(rule) / 5
-        points[kind] = total
-    return points[Backprop] - points[MonoForward]
+    return points_behind(MonoForward, Backprop, seed, hidden, seeds=5, epochs=epochs, lr=lr)
