@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from weft.cli.output import FAILED, WIDE, AsJson, number, print_json, quiet_stdout, stderr, stdout, table
+from weft.cli.output import FAILED, WIDE, AsJson, Live, number, print_json, quiet_stdout, stderr, stdout, table
 from weft.cli.shared import At, Batch, DataDir, DataName, ModelName, Seed, Threads, names, size
 
 
@@ -70,53 +68,28 @@ def compare(
     return FAILED if any(run["status"] == "error" for run in document["runs"]) else 0
 
 
-class _Live:
+class _Live(Live):
     """Progress on stderr: a bar in a terminal, a line for each run elsewhere."""
-
-    def __init__(self) -> None:
-        self._console = stderr()
-        self._progress = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=None),
-            TextColumn("{task.fields[note]}", markup=False),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=self._console,
-            transient=True,
-            disable=not self._console.is_terminal,
-            redirect_stdout=False,
-            redirect_stderr=False,
-        )
-        self._task = self._progress.add_task("importing torch", total=None, note="")
-
-    def __enter__(self) -> _Live:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
 
     def show(self, event: dict[str, Any]) -> None:
         """One event of :func:`weft.compare`."""
         kind = event["event"]
         if kind == "run":
             name = f"{event['rule']}, seed {event['seed']}"
-            self._progress.reset(self._task, description=name, total=None, note="measuring a step")
+            self.progress.reset(self.task, description=name, total=None, note="measuring a step")
         elif kind == "step":
-            self._progress.update(self._task, completed=event["done"], total=event["total"])
+            self.progress.update(self.task, completed=event["done"], total=event["total"])
         elif kind == "epoch":
             note = f"epoch {event['epoch']}  loss {event['loss']:.3f}"
             if event["validation_accuracy"] is not None:
                 note += f"  validation {event['validation_accuracy']:.4f}"
-            self._progress.update(self._task, note=note)
+            self.progress.update(self.task, note=note)
         elif kind == "done":
             record = event["record"]
             figure = f"validation {number(record['validation_accuracy'])}"
             line = figure if record["status"] == "ok" else f"{record['status']}: {record['error']}"
-            if not self._console.is_terminal:
-                self._console.print(f"{event['rule']}, seed {event['seed']}: {line}", soft_wrap=True)
+            if not self.console.is_terminal:
+                self.console.print(f"{event['rule']}, seed {event['seed']}: {line}", soft_wrap=True)
 
 
 def _table(document: dict[str, Any]) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from weft.cli.output import AsJson, number, print_json, quiet_stdout, stderr, stdout, table
+from weft.cli.output import AsJson, Live, number, print_json, quiet_stdout, stdout, table
 from weft.errors import UsageError
 
 
@@ -46,45 +44,20 @@ def fit(
     return 0
 
 
-class _Live:
+class _Live(Live):
     """Progress on stderr: a bar in a terminal, a line for each epoch elsewhere."""
-
-    def __init__(self) -> None:
-        self._console = stderr()
-        self._progress = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=None),
-            TextColumn("{task.fields[note]}", markup=False),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=self._console,
-            transient=True,
-            disable=not self._console.is_terminal,
-            redirect_stdout=False,
-            redirect_stderr=False,
-        )
-        self._task = self._progress.add_task("importing torch", total=None, note="")
-
-    def __enter__(self) -> _Live:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
 
     def show(self, event: dict[str, Any]) -> None:
         """One event of :func:`weft.runs.run`."""
         if event["event"] == "step":
-            self._progress.update(self._task, description=event["rule"], completed=event["done"], total=event["total"])
+            self.progress.update(self.task, description=event["rule"], completed=event["done"], total=event["total"])
         elif event["event"] == "epoch":
             line = (
                 f"epoch {event['epoch']}  loss {event['loss']:.4f}  validation {number(event['validation_accuracy'])}"
             )
-            self._progress.update(self._task, note=line)
-            if not self._console.is_terminal:
-                self._console.print(f"{event['rule']}: {line}", soft_wrap=True)
+            self.progress.update(self.task, note=line)
+            if not self.console.is_terminal:
+                self.console.print(f"{event['rule']}: {line}", soft_wrap=True)
 
 
 def _show(result: dict[str, Any], folder: str | None) -> None:

@@ -10,12 +10,20 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from types import TracebackType
+from typing import Annotated, Any, NoReturn, Self, TypeVar
 
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from weft.errors import UsageError, WeftError, unknown
@@ -156,6 +164,35 @@ class Steps:
             self._progress.refresh()
         else:
             self._console.print(f"[{self.done}/{self.total}] {line}", soft_wrap=True)
+
+
+class Live:
+    """Progress on stderr: a bar in a terminal; elsewhere its ``show`` prints lines."""
+
+    def __init__(self) -> None:
+        self.console = stderr()
+        self.progress = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[note]}", markup=False),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+        self.task = self.progress.add_task("importing torch", total=None, note="")
+
+    def __enter__(self) -> Self:
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.progress.stop()
 
 
 def family_name(given: str | None) -> str | None:
