@@ -289,17 +289,13 @@ def keep(folder: Path, document: dict[str, Any]) -> None:
     except OSError as error:
         raise WeftError(f"cannot make the folder {folder}: {error.strerror}; choose another with --out") from error
     write(folder / "compare.json", json.dumps(document, indent=1, allow_nan=False).encode())
-    for run in document["runs"][-1:]:
-        if run["status"] == "unsupported":
-            continue
+    for run in [r for r in document["runs"][-1:] if r["status"] != "unsupported"]:
         write(folder / f"{run['rule']}-seed{run['seed']}.yaml", recipe_of(run, document["settings"]).text().encode())
 
 
 def recipe_of(run: dict[str, Any], how: dict[str, Any]) -> Recipe:
     """The recipe that repeats one run of a comparison."""
-    trained = {key: value for key, value in run["defaults"].items() if value is not None}
-    shared = {key: how[key] for key in ("model", "data", "data_dir", "batch_size", "threads")}
-    options = {} if run["at"] is None else {"options": {"at": run["at"]}}
-    return Recipe.of(
-        {**shared, "seed": run["seed"], "rule": run["rule"], "epochs": how["epochs"], **trained, **options}
-    )
+    given = {key: how[key] for key in ("model", "data", "data_dir", "batch_size", "threads", "epochs")}
+    given |= {key: run["defaults"][key] for key in ("optimizer", "lr", "schedule") if run["defaults"].get(key)}
+    given |= {} if run["at"] is None else {"options": {"at": run["at"]}}
+    return Recipe.of({**given, "rule": run["rule"], "seed": run["seed"]})
