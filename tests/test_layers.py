@@ -13,16 +13,17 @@ ROOT = Path(weft.__file__).parent
 FAMILIES = {init.parent.name for init in ROOT.glob("*/__init__.py") if "exports(__name__)" in init.read_text()}
 LAYERS = [  # each may import those above it in this list, and its own
     {"errors"},
+    {"kernels"},
     {"cards"},
     {"method"},
     {"claim", "mutants"},
     {"boundaries", "calls", "session", "_ledger", "_keeping", "_tapes"},
     {"stages", "convert"},
-    {"measure", "_profile", "_passes", "_reports", "ops", "kernels", "models", "data"},
+    {"measure", "_profile", "_passes", "_reports", "ops", "models", "data", "specs"},
     {"testing"},
     FAMILIES,
-    {"literature", "measuring", "optimizers", "training", "recipe", "runs", "processes", "curves", "diagnosis"}
-    | {"comparison", "_runner", "plan", "report", "stubs"},
+    {"recipe", "runs", "folders", "training", "stepping", "evaluation", "optimizers", "processes", "curves"}
+    | {"literature", "measuring", "diagnosis", "comparison", "_runner", "plan", "report", "stubs"},
     {"cli", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

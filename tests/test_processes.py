@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 import weft
@@ -155,7 +156,7 @@ def test_a_run_of_two_goes_on_alone(tmp_path):
         process.kill()
     finish(started)
     recipe = (tmp_path / "a" / runs.RECIPE).read_text()
-    saved = json.loads(runs.safe_open(tmp_path / "a" / runs.CHECKPOINT, framework="pt").metadata()["weft"])
+    saved = json.loads(safe_open(tmp_path / "a" / runs.CHECKPOINT, framework="pt").metadata()["weft"])
     epochs = len(saved["history"]) + 1
     (tmp_path / "a" / runs.RECIPE).write_text(recipe.replace("epochs: 500", f"epochs: {epochs}"))
     assert weft.run(resume=tmp_path / "a")["phases"][0]["curve"][-1]["epoch"] == epochs

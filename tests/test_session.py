@@ -154,14 +154,37 @@ def test_flattened_view_is_packed_once() -> None:
     assert relative([x.grad], [want]) < 0.01
 
 
-def test_integer_small_and_normalisation_tensors_are_counted_but_not_packed() -> None:
+def test_integers_and_statistics_are_counted_but_not_packed() -> None:
     model = nn.Sequential(nn.Embedding(10, 64), nn.LayerNorm(64))
-    x = torch.randint(10, (4, 32))
+    x = torch.randint(10, (64, 70))
     with Cast().on(model) as session:
         out = model(x)
-    rows = 4 * 32
-    assert session.by_module == {"0": rows * 8, "1": rows * 64 * 4 + 2 * rows * 4}
+    rows = 64 * 70
+    assert session.by_module == {"0": rows * 8, "1": rows * 64 * 2 + 2 * rows * 4}
     assert out.requires_grad
+
+
+def test_statistics_of_attention_and_log_probabilities_are_not_packed() -> None:
+    offered: list[Saved] = []
+
+    class Watched(Cast):
+        def takes(self, saved: Saved) -> bool:
+            offered.append(saved)
+            return super().takes(saved)
+
+    model = nn.Linear(32, 96)
+    x = torch.randn(8, 600, 32)
+    with Watched().on(model):
+        q, k, v = model(x).view(8, 600, 3, 2, 16).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v).flatten()
+        loss = F.nll_loss(F.log_softmax(out.view(-1, 32), 1), torch.zeros(4800, dtype=torch.long))
+    sums = [saved for saved in offered if saved.statistic]
+    assert [saved.shape for saved in sums] == [torch.Size([8, 2, 600])] and not Cast().takes(sums[0])
+    logs = [saved for saved in offered if saved.producer == "LogSoftmaxBackward0"]
+    assert logs and not any(Cast().takes(saved) for saved in logs)
+    packed = [saved.shape for saved in offered if Cast().takes(saved)]
+    assert packed.count(torch.Size([8, 2, 600, 16])) == 4
+    loss.backward()
 
 
 def test_buffers_and_parameters_are_not_counted() -> None:

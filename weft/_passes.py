@@ -1,4 +1,4 @@
-"""How often a step goes through a network, counted: forwards, backwards, and products with a weight turned round."""
+"""How often a step goes through a network, counted: forwards, backwards, and products with a weight turned round (public as `weft.measure.passes`)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,20 @@ from torch.utils.flop_counter import FlopCounterMode
 aten = torch.ops.aten
 
 
-def count_passes(step: Callable[[], object], forward: Callable[[], object], model: nn.Module, rows: int) -> Any:
-    """See `weft.measure.passes`."""
+def passes(step: Callable[[], object], forward: Callable[[], object], model: nn.Module, rows: int) -> dict[str, float]:
+    """How often a step goes through a model, counted once.
+
+    Args:
+        step: one training step on a batch of ``rows`` rows.
+        forward: one prediction on the same batch; it shows which way round each weight enters.
+        model: whose layers (modules that own parameters) are watched.
+        rows: B.
+
+    Returns:
+        ``forward``: how often a layer ran, in whole batches, in the mean over layers; ``backward``: how often a
+        gradient arrived at a layer's output, likewise; ``transposed``: products with a weight that enters the other
+        way round than in ``forward``, as backpropagation's do.
+    """
     layers = [m for m in model.modules() if next(m.parameters(recurse=False), None) is not None]
     counts = {"forward": 0.0, "backward": 0.0}
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -19,6 +21,8 @@ from weft.measuring import alignment, build, by_module
 from weft.method import card
 from weft.optimizers import chosen as choose
 from weft.optimizers import settings_of
+from weft.session import Tape
+from weft.specs import apply_conversions, read_tape
 from weft.training import Epoch, evaluate, fit
 
 if TYPE_CHECKING:
@@ -35,6 +39,23 @@ def aligned_epochs(epochs: int, most: int = ALIGNED) -> list[int]:
     if epochs <= most:
         return list(range(1, epochs + 1))
     return sorted({round(1 + i * (epochs - 1) / (most - 1)) for i in range(most)})
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """What a run changes beside the rule: a tape, as text, and layers, as `weft.specs.read_conversion` has them."""
+
+    tape: str | None = None
+    conversions: tuple[dict[str, Any], ...] = ()
+
+    def label(self, rule: str) -> str:
+        """The rule's name, with what else is changed."""
+        parts = [one["layer"] + _told(one["options"]) for one in self.conversions]
+        return " | ".join([rule, *parts, *([] if self.tape is None else [self.tape])])
+
+
+def _told(options: dict[str, Any]) -> str:
+    return ":" * bool(options) + ",".join(f"{key}={value}" for key, value in options.items())
 
 
 class Runner:
@@ -58,18 +79,24 @@ class Runner:
         x, y = getattr(self.data, f"x_{part}"), getattr(self.data, f"y_{part}")
         return evaluate(rule, x, y, batch_size=self.data.scored_at_once)
 
-    def run(self, one: Card, seed: int) -> dict[str, Any]:
-        """The record of one rule and seed; a rule that fails leaves its error in it."""
-        record: dict[str, Any] = {"rule": one.name, "seed": seed, "status": "error", "error": None, "why": {}}
+    def run(self, one: Card, seed: int, change: Change | None = None) -> dict[str, Any]:
+        """The record of one rule and seed, perhaps changed; a rule that fails leaves its error in it."""
+        change = change or Change()
+        label = change.label(one.name)
+        record: dict[str, Any] = {"rule": label, "seed": seed, "status": "error", "error": None, "why": {}}
+        record |= {"method": one.name, "tape": change.tape, "conversions": list(change.conversions)}
         figures = ("accuracy", "validation_accuracy", "loss", "seconds_per_epoch", *MEASURED, "cosine_to_exact")
         record |= dict.fromkeys((*figures, "parameters", "extra_parameters"))
         record |= {"at": None, "defaults": {}, "curve": [], "alignment": [], "kept_by_module": {}, "modules": {}}
         record |= {"passes": None, "independent_stages": None, "concerns": []}
         record["initial_weights"] = "own" if "own-model" in one.tags else "shared"
-        self.on_event({"event": "run", "rule": one.name, "seed": seed})
+        self.on_event({"event": "run", "rule": label, "seed": seed})
         model = self.model(seed)
         try:
+            apply_conversions(model, change.conversions)
             record["parameters"] = sum(p.numel() for p in model.parameters())
+            if one.contract == "solver" and change.tape is not None:
+                raise Unsupported("a solver takes no steps, so that there is nothing for a tape to pack")
             (self._solve if one.contract == "solver" else self._train)(one, seed, model, record)
             record["status"] = "ok"
         except (Unsupported, StageError) as error:
@@ -83,7 +110,7 @@ class Runner:
                 record[name], record["why"][name] = None, f"it is {value}"
             elif value is None and record["status"] != "ok":
                 record["why"][name] = record["error"]
-        self.on_event({"event": "done", "rule": one.name, "seed": seed, "record": record})
+        self.on_event({"event": "done", "rule": label, "seed": seed, "record": record})
         return record
 
     def _train(self, one: Card, seed: int, model: nn.Module, record: dict[str, Any]) -> None:
@@ -92,10 +119,11 @@ class Runner:
         rule = build(one, model, seed, how["at"])
         record["at"] = None if rule.cut is None else list(rule.cut.at)
         record["defaults"] = self._settings(rule, source)
-        if one.name not in self.measured:
-            self.measured[one.name] = self._measure(one, rule)
-        record |= {key: self.measured[one.name][key] for key in (*MEASURED, "kept_by_module", "passes")}
-        record["why"] |= self.measured[one.name]["why"]
+        label, tape = record["rule"], None if record["tape"] is None else read_tape(record["tape"])
+        if label not in self.measured:
+            self.measured[label] = self._measure(one, rule, tape)
+        record |= {key: self.measured[label][key] for key in (*MEASURED, "kept_by_module", "passes")}
+        record["why"] |= self.measured[label]["why"]
         batch, aligned = self.batch(seed), aligned_epochs(how["epochs"])
 
         def after(epoch: Epoch) -> None:
@@ -103,17 +131,17 @@ class Runner:
                 {"epoch": epoch.epoch, "loss": epoch.loss, "validation_accuracy": epoch.validation_accuracy}
             )
             if epoch.epoch in aligned:
-                found, why = alignment(one, rule, *batch)
+                found, why = alignment(one, rule, *batch, tape=tape)
                 if found is not None:
                     record["alignment"].append({"epoch": epoch.epoch, **found})
                 if why:
                     record["why"]["alignment"] = why
                     if epoch.epoch in (1, how["epochs"]):
                         record["why"]["cosine_to_exact"] = why
-            self.on_event({"event": "epoch", "rule": one.name, "seed": seed, **record["curve"][-1]})
+            self.on_event({"event": "epoch", "rule": label, "seed": seed, **record["curve"][-1]})
 
         def step(done: int, total: int) -> None:
-            self.on_event({"event": "step", "rule": one.name, "seed": seed, "done": done, "total": total})
+            self.on_event({"event": "step", "rule": label, "seed": seed, "done": done, "total": total})
 
         options = (
             {key: record["defaults"][key] for key in ("optimizer", "lr", "schedule")} if rule.updates == "grad" else {}
@@ -128,6 +156,7 @@ class Runner:
                 seed=seed,
                 on_epoch=after,
                 on_step=step,
+                tape=tape,
                 **options,
             )
         record["loss"] = history[-1].loss
@@ -175,15 +204,16 @@ class Runner:
             return {"optimizer": None, "lr": None, "schedule": None}
         return choose(settings_of(rule, **source.defaults), optimizer=self.how["optimizer"], lr=self.how["lr"])
 
-    def _measure(self, one: Card, rule: Any) -> dict[str, Any]:
+    def _measure(self, one: Card, rule: Any, tape: Tape | None) -> dict[str, Any]:
         """Step time against backprop's, bytes kept and peak bytes, of copies."""
         found: dict[str, Any] = {"why": {}, "kept_by_module": {}}
         x, y = self.batch(self.how["seed"])
 
-        def stepper(made: Any) -> Callable[[], Any]:
+        def stepper(made: Any, tape: Tape | None = None) -> Callable[[], Any]:
             def step() -> None:
                 made.zero_grad(set_to_none=True)
-                made.step(x, y)
+                with contextlib.nullcontext() if tape is None else tape.on(made):
+                    made.step(x, y)
 
             return step
 
@@ -191,15 +221,15 @@ class Runner:
         mine = copy.deepcopy(rule)
 
         def kept() -> int:
-            report = measure.kept_bytes(stepper(mine), mine)
+            report = measure.kept_bytes(stepper(mine, tape), mine)
             found["kept_by_module"] = by_module(report.by_module)
             return report.peak_bytes
 
         measures: dict[str, Callable[[], Any]] = {
-            "step_ratio": lambda: measure.step_ratio(stepper(mine), stepper(plain)).ratio,
+            "step_ratio": lambda: measure.step_ratio(stepper(mine, tape), stepper(plain)).ratio,
             "kept_bytes": kept,
-            "peak_bytes": lambda: measure.peak_bytes(stepper(mine), parameters=mine.trainable()),
-            "passes": lambda: _passes(one, mine, stepper(mine), x, len(y)),
+            "peak_bytes": lambda: measure.peak_bytes(stepper(mine, tape), parameters=mine.trainable()),
+            "passes": lambda: _passes(one, mine, stepper(mine, tape), x, len(y)),
         }
         for name, call in measures.items():
             try:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
@@ -18,10 +17,10 @@ from weft.errors import WeftError
 if TYPE_CHECKING:
     from weft.session import Session
 
+# Counts a tensor that a tape holds beside its `Kept`, for a module; what is returned ends that, once.
+Hold = Callable[[Tensor, str], Callable[[], None]]
+
 OUTSIDE = "(outside)"  # where a tensor is saved while no module of the model runs: the loss, the caller's own code
-
-_NORM = re.compile(r"norm(\dd)?$", re.IGNORECASE)
-
 
 @dataclass(frozen=True, slots=True)
 class Saved:
@@ -34,6 +33,8 @@ class Saved:
         dtype: the tensor's dtype.
         producer: name of the node that computed it (``"ReluBackward0"``), or None for an input of the graph.
         numel: number of elements.
+        statistic: True for numbers that sum up the rows of a tensor saved just before: a normalisation's mean and
+            deviation, attention's log-sum-exp. Few bytes, on which the whole backward pass of that operation rests.
         part: True for a tensor that an earlier tape of a composition left, not one of the model's own.
     """
 
@@ -43,6 +44,7 @@ class Saved:
     dtype: torch.dtype
     producer: str | None
     numel: int
+    statistic: bool = False
     part: bool = False
 
 
@@ -76,24 +78,40 @@ class Tape(ABC):
     Attributes:
         exact: True if `unpack` returns every bit of what was packed.
         terminal: True if its `Kept` holds no tensors, so that no tape may follow in a composition.
+        error: the largest relative error, in norm over all parameters, of the gradient of an ordinary network that
+            the tape answers for; 0 where it is exact. The contract's checks hold it to that.
+        clock: a number that a training loop sets to its step, so that what a tape draws at random depends on the
+            step and not on what ran before; else it counts the sessions.
     """
 
     exact: bool = False
     terminal: bool = False
+    error: float = 0.0
+    clock: int = 0
 
     def __str__(self) -> str:
         return type(self).__name__
 
+    def enter(self, hold: Hold) -> None:  # noqa: B027
+        """A session begins: open files, start threads. What `hold` is told of counts as kept.
+
+        Raises:
+            WeftError: when the tape cannot serve this session (it serves another one, a folder is gone).
+        """
+
+    def leave(self) -> None:  # noqa: B027
+        """The session ends, by an error too: end threads. Graphs that it leaves may still be unpacked."""
+
     def takes(self, saved: Saved) -> bool:
         """Whether to pack this tensor; what is not taken is kept as a reference.
 
-        Default: floating, at least 4,096 elements, not saved by a normalisation layer (whose statistics carry all
-        later precision). Of the parts that an earlier tape left: all if this tape is exact, else the floating ones.
+        Default: floating, at least 4,096 elements, neither a statistic nor log-probabilities (whose exponential is the
+        gradient). Of the parts that an earlier tape left: all if this tape is exact, else the floating ones.
         """
         if saved.part:
             return self.exact or saved.dtype.is_floating_point
-        norm = saved.module_class is not None and _NORM.search(saved.module_class.__name__)
-        return saved.dtype.is_floating_point and saved.numel >= 4096 and not norm
+        precise = saved.statistic or saved.producer == "LogSoftmaxBackward0"
+        return saved.dtype.is_floating_point and saved.numel >= 4096 and not precise
 
     @abstractmethod
     def pack(self, tensor: Tensor, saved: Saved) -> Kept:
@@ -159,11 +177,34 @@ class Composition(Tape):
         self.left, self.right = left, right
         self.exact = left.exact and right.exact
         self.terminal = right.terminal
+        self.error = left.error + right.error
         if left.terminal:
             raise self._nothing_left()
 
     def __str__(self) -> str:
         return f"{self.left} | {self.right}"
+
+    @property
+    def clock(self) -> int:
+        return self.left.clock
+
+    @clock.setter
+    def clock(self, step: int) -> None:
+        self.left.clock = self.right.clock = step
+
+    def enter(self, hold: Hold) -> None:
+        self.left.enter(hold)
+        try:
+            self.right.enter(hold)
+        except BaseException:
+            self.left.leave()
+            raise
+
+    def leave(self) -> None:
+        try:
+            self.right.leave()
+        finally:
+            self.left.leave()
 
     def _nothing_left(self) -> WeftError:
         left, right = self.left, self.right

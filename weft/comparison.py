@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,14 +15,16 @@ from torch import nn
 
 from weft import data as data_sets
 from weft import measure
-from weft._runner import BASELINE, Event, Runner
+from weft._runner import BASELINE, Change, Event, Runner
 from weft.cards import Card
 from weft.errors import UsageError, WeftError, unknown
+from weft.measuring import conversions_of
 from weft.method import card, methods
 from weft.optimizers import build_optimizer
 from weft.recipe import Recipe
 from weft.report import PAGE, write_report
 from weft.runs import write
+from weft.specs import read_tape
 
 RULES = (
     "backprop",
@@ -39,6 +43,8 @@ def compare(
     data: str = "digits",
     rules: str | Sequence[str] | None = None,
     *,
+    tape: str | Sequence[str] = (),
+    convert: str | Sequence[str] = (),
     data_dir: str | Path | None = None,
     at: Sequence[str] | None = None,
     epochs: int = 10,
@@ -59,6 +65,8 @@ def compare(
         data: a data set's name, or ``path.npz`` with ``x_train, y_train`` and perhaps ``x_test, y_test``.
         rules: names of rules, as a list or comma-separated; ``"all"`` for every rule; by default backprop and the
             rules that the command's documentation lists.
+        tape: a tape, or several, as in :func:`weft.measure_step`: every rule runs plainly and under each of them.
+        convert: layers to swap, as there, or several such texts: every rule runs with each of them too.
         data_dir: where data sets are, by default ``WEFT_DATA`` or the user's cache.
         at: modules to cut behind, for the rules that need stages; see :func:`weft.stages.cut`.
         epochs: passes over the training part (the first five sixths of the training set; the rest validates).
@@ -80,7 +88,8 @@ def compare(
         A record of ``runs`` has
 
         - ``rule``, ``seed``, ``status`` (``ok``, ``unsupported`` or ``error``), ``error``; ``why``: for each figure
-          that is None, the reason;
+          that is None, the reason; ``rule`` names the tape or the layers too (``"backprop | quantise:bits=2"``), and
+          ``method``, ``tape`` and ``conversions`` have them apart;
         - ``accuracy`` (test), ``validation_accuracy``, ``loss``, all after the last epoch; ``curve``: loss and
           validation accuracy for each epoch; ``seconds_per_epoch`` (CPU time);
         - ``step_ratio`` (a step's time to backprop's), ``kept_bytes`` (for the way back, at most), ``kept_by_module``
@@ -101,14 +110,14 @@ def compare(
     """
     if seeds < 1 or threads < 1 or batch_size < 1 or epochs < 1:
         raise UsageError("epochs, batch_size, seeds and threads are at least 1")
-    chosen = select(rules)
+    chosen, changes = select(rules), _changes(tape, convert)
     if optimizer is not None or lr is not None:
         build_optimizer(optimizer or "adam", [nn.Parameter(torch.zeros(1))], 1e-3 if lr is None else lr)
     loaded = data_sets.load(data, data_dir=data_dir)
     how = {"model": model, "data": data, "epochs": epochs, "batch_size": batch_size, "seed": seed, "seeds": seeds}
     how |= {"at": None if at is None else list(at)}
     how |= {"data_dir": None if data_dir is None else str(data_dir)}
-    how |= {"threads": threads, "rules": [c.name for c in chosen]}
+    how |= {"threads": threads, "rules": [change.label(c.name) for c in chosen for change in changes]}
     how |= {"optimizer": optimizer, "lr": lr, "same_optimizer": same_optimizer}
     how["rows"] = loaded.rows
     if loaded.kind == "graph":
@@ -123,11 +132,10 @@ def compare(
     try:
         document["environment"] = measure.environment()
         runner = Runner(loaded, how, tell)
-        for one in chosen:
-            for number in range(seed, seed + seeds):
-                document["runs"].append(runner.run(one, number))
-                if out is not None:
-                    keep(Path(out), document)
+        for one, change, number in itertools.product(chosen, changes, range(seed, seed + seeds)):
+            document["runs"].append(runner.run(one, number, change))
+            if out is not None:
+                keep(Path(out), document)
     finally:
         torch.set_num_threads(before)
         if out is not None and document["runs"]:
@@ -136,6 +144,21 @@ def compare(
             if found["error"] and on_event is None:
                 warnings.warn(f"no page was written: {found['error']}", stacklevel=2)
     return document
+
+
+def _changes(tape: str | Sequence[str], convert: str | Sequence[str]) -> list[Change]:
+    """Plain, then each tape, then each set of layers to swap.
+
+    Raises:
+        UsageError: for tapes, layers and options that do not exist.
+    """
+    changes = [Change()]
+    for text in [tape] if isinstance(tape, str) else tape:
+        read_tape(text)
+        changes.append(Change(tape=text))
+    for text in [convert] if isinstance(convert, str) else convert:
+        changes.append(Change(conversions=tuple(conversions_of(text))))
+    return changes
 
 
 def select(rules: str | Sequence[str] | None) -> list[Card]:
@@ -182,7 +205,8 @@ def keep(folder: Path, document: dict[str, Any]) -> None:
         raise WeftError(f"cannot make the folder {folder}: {error.strerror}; choose another with --out") from error
     write(folder / "compare.json", json.dumps(document, indent=1, allow_nan=False).encode())
     for run in [r for r in document["runs"][-1:] if r["status"] != "unsupported" and r["defaults"]]:
-        write(folder / f"{run['rule']}-seed{run['seed']}.yaml", recipe_of(run, document["settings"]).text().encode())
+        name = re.sub(r"[^\w.=,:-]+", "-", run["rule"]).replace(":", "-")
+        write(folder / f"{name}-seed{run['seed']}.yaml", recipe_of(run, document["settings"]).text().encode())
 
 
 def recipe_of(run: dict[str, Any], how: dict[str, Any]) -> Recipe:
@@ -190,4 +214,5 @@ def recipe_of(run: dict[str, Any], how: dict[str, Any]) -> Recipe:
     given = {key: how[key] for key in ("model", "data", "data_dir", "batch_size", "threads", "epochs")}
     given |= {key: run["defaults"][key] for key in ("optimizer", "lr", "schedule") if run["defaults"].get(key)}
     given |= {} if run["at"] is None else {"options": {"at": run["at"]}}
-    return Recipe.of({**given, "rule": run["rule"], "seed": run["seed"]})
+    given |= {key: run[key] for key in ("tape", "conversions") if run.get(key)}
+    return Recipe.of({**given, "rule": run["method"], "seed": run["seed"]})

@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from weft._passes import count_passes
+from weft._passes import passes
 from weft._profile import count_operations, cpu_peak, cuda_peak, steady, step_ratio
 from weft._reports import KeptReport, Ratio, StepReport, environment
 from weft.errors import WeftError
-from weft.session import kept
+from weft.session import Tape, kept
 
 __all__ = [
     "KeptReport",
@@ -36,6 +36,7 @@ __all__ = [
     "operations",
     "passes",
     "peak_bytes",
+    "scored_loss",
     "step_ratio",
     "take_apart",
 ]
@@ -63,23 +64,6 @@ def kept_bytes(step: Callable[[], object], model: nn.Module) -> KeptReport:
     with kept(model) as count:
         step()
     return KeptReport(count.peak_bytes, count.peak_by_module, count.weight_copy_bytes, count.total_bytes)
-
-
-def passes(step: Callable[[], object], forward: Callable[[], object], model: nn.Module, rows: int) -> dict[str, float]:
-    """How often a step goes through a model, counted once.
-
-    Args:
-        step: one training step on a batch of ``rows`` rows.
-        forward: one prediction on the same batch; it shows which way round each weight enters.
-        model: whose layers (modules that own parameters) are watched.
-        rows: B.
-
-    Returns:
-        ``forward``: how often a layer ran, in whole batches, in the mean over layers; ``backward``: how often a
-        gradient arrived at a layer's output, likewise; ``transposed``: products with a weight that enters the other
-        way round than in ``forward``, as backpropagation's do.
-    """
-    return count_passes(step, forward, model, rows)
 
 
 def peak_bytes(
@@ -184,7 +168,7 @@ def exact_gradient(model: nn.Module, x: Any, y: Tensor, loss: Loss = F.cross_ent
         try:
             for p in frozen:
                 p.requires_grad_(True)
-            value = _loss(model, x, y, loss)
+            value = scored_loss(model, x, y, loss)
             if not value.requires_grad:
                 raise WeftError(f"the loss depends on no parameter of {type(model).__name__}; is its output detached?")
             found = torch.autograd.grad(value, list(named.values()), allow_unused=True)
@@ -201,6 +185,7 @@ def take_apart(
     loss: Loss = F.cross_entropy,
     *,
     rule: Rule | None = None,
+    tape: Tape | None = None,
     rounds: int = 9,
     warmup: int = 2,
     clock: Callable[[], float] = time.thread_time,
@@ -214,6 +199,7 @@ def take_apart(
     Args:
         model, x, y, loss: as in `exact_gradient`; the step is plain backpropagation.
         rule: its ``step(x, y)`` is measured instead; names of modules are then those inside the rule.
+        tape: what packs the tensors kept between the passes.
         rounds, warmup, clock: as in `step_ratio`.
 
     Raises:
@@ -235,12 +221,13 @@ def take_apart(
 
     def step() -> None:
         start = clock()
-        if twin_rule is not None:
-            twin_rule.step(x, y)
-        else:
-            value = _loss(twin, x, y, loss)
-            forward_times.append(clock() - start)
-            value.backward()
+        with contextlib.nullcontext() if tape is None else tape.on(watched):
+            if twin_rule is not None:
+                twin_rule.step(x, y)
+            else:
+                value = scored_loss(twin, x, y, loss)
+                forward_times.append(clock() - start)
+                value.backward()
         times.append(clock() - start)
 
     with _as_found(twin), torch.enable_grad():
@@ -274,7 +261,8 @@ def take_apart(
     )
 
 
-def _loss(model: nn.Module, x: Any, y: Tensor, loss: Loss) -> Tensor:
+def scored_loss(model: nn.Module, x: Any, y: Tensor, loss: Loss) -> Tensor:
+    """The loss of a model's scores; scores ``[B, T, K]`` and labels ``[B, T]`` are flattened first."""
     scores = model(*x) if isinstance(x, tuple) else model(x)
     if not isinstance(scores, Tensor):
         raise WeftError(f"{type(model).__name__} returned a {type(scores).__name__}; its class scores are needed")

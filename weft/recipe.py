@@ -15,6 +15,7 @@ from weft.errors import RecipeError, UsageError, unknown
 from weft.method import card
 from weft.optimizers import DEFAULTS, OPTIMIZERS, SCHEDULES
 from weft.optimizers import chosen as choose
+from weft.specs import read_conversion, read_tape
 
 SINGLE = ("rule", "epochs", "options", "optimizer", "lr", "schedule", "weight_decay", "clip")
 
@@ -71,6 +72,9 @@ class Recipe(_Plain):
         data: as in :func:`weft.compare`.
         data_dir: where data sets are; by default ``WEFT_DATA`` or the user's cache.
         rules: the phases, one after another; parameters that survive from one to the next keep their values.
+        tape: what packs the tensors kept between the passes, ``"quantise:bits=4 | offload"``; null for plain PyTorch.
+        conversions: layers to swap before training, one after another: ``compact:rank=0.25,where=blocks.*`` or a
+            mapping with ``layer``, ``options`` and ``where``; see :func:`weft.convert_`.
         batch_size: rows a step.
         accumulate: micro-batches that a batch is cut into.
         autocast: ``bfloat16`` or ``float16``, or null.
@@ -85,6 +89,8 @@ class Recipe(_Plain):
     data: str = "digits"
     data_dir: str | None = None
     rules: list[Phase] = Field(min_length=1)
+    tape: str | None = None
+    conversions: list[dict[str, Any]] = []
     batch_size: int = Field(128, ge=1)
     accumulate: int = Field(1, ge=1)
     autocast: Literal["bfloat16", "float16"] | None = None
@@ -92,6 +98,28 @@ class Recipe(_Plain):
     threads: int = Field(1, ge=1)
     shard: bool = False
     checkpoint_seconds: float = Field(60.0, ge=0)
+
+    @field_validator("tape")
+    @classmethod
+    def _tape(cls, text: str | None) -> str | None:
+        try:
+            if text is not None:
+                read_tape(text)
+            return text
+        except UsageError as error:
+            raise ValueError(str(error)) from None
+
+    @field_validator("conversions", mode="before")
+    @classmethod
+    def _conversions(cls, given: Any) -> Any:
+        if not isinstance(given, list) or not all(isinstance(one, str | Mapping) for one in given):
+            raise ValueError(
+                "a list of layers, each as text (compact:rank=0.25) or as a mapping with layer, options, where"
+            )
+        try:
+            return [read_conversion(one) for one in given]
+        except UsageError as error:
+            raise ValueError(str(error)) from None
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Recipe:

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialise
 from torch import Tensor
 
 from weft import data as data_sets
@@ -22,14 +17,29 @@ from weft import measure, models, processes
 from weft.boundaries import default_cuts
 from weft.curves import Curves
 from weft.diagnosis import concerns
-from weft.errors import StageError, Unsupported, UsageError, WeftError
+from weft.errors import StageError, Unsupported, UsageError
+from weft.evaluation import evaluate
+from weft.folders import (
+    CHECKPOINT,
+    PREFIX,
+    RECIPE,
+    RESULT,
+    WEIGHTS,
+    begin,
+    read_checkpoint,
+    sweep,
+    write,
+    write_checkpoint,
+    write_result,
+)
 from weft.method import card
 from weft.processes import Group
 from weft.recipe import Recipe
-from weft.training import Epoch, Trainer, evaluate
+from weft.specs import apply_conversions, read_tape
+from weft.training import Epoch, Trainer
 
-RECIPE, CHECKPOINT, RESULT, WEIGHTS = "recipe.yaml", "checkpoint.safetensors", "result.json", "model.safetensors"
-PREFIX = ".weft-"
+__all__ = ["CHECKPOINT", "PREFIX", "RECIPE", "RESULT", "WEIGHTS", "Event", "run", "write"]
+
 Event = Callable[[dict[str, Any]], None]
 
 
@@ -82,11 +92,11 @@ def run(
         raise UsageError("TensorBoard's curves need a folder: give out")
     _check_shard(chosen)
     with processes.joined() as group, _as_found(chosen, group):
-        state = _state(folder) if resume is not None and folder is not None else None
+        state = read_checkpoint(folder) if resume is not None and folder is not None else None
         with group.first_alone():  # it fetches data that are not there yet
             prepared = _Run(chosen, folder, group, on_event or (lambda event: None))
             if folder is not None and not group.rank:
-                _begin(folder, chosen) if resume is None else _sweep(folder)
+                begin(folder, chosen.text()) if resume is None else sweep(folder)
                 if tensorboard:
                     prepared.curves = Curves(folder / "tensorboard")
         try:
@@ -133,6 +143,7 @@ class _Run:
         self.on_event = on_event if not group.rank else lambda event: None
         self.data = data_sets.load(recipe.data, data_dir=recipe.data_dir)
         self.model = models.build(recipe.model, **self.data.form, seed=recipe.seed)
+        apply_conversions(self.model, recipe.conversions)
         self.past: list[list[dict[str, Any]]] = []
         self.structures: list[dict[str, Any]] = []
         self.curves: Curves | None = None
@@ -167,8 +178,7 @@ class _Run:
             own = "own-model" in card(rule.method_name).tags
             weights = {key: processes.whole(value) for key, value in (rule if own else self.model).state_dict().items()}
             if not self.group.rank:
-                write(self.folder / WEIGHTS, serialise(_apart(weights)))
-                write(self.folder / RESULT, json.dumps(result, indent=1, allow_nan=False).encode())
+                write_result(self.folder, weights, result)
         return result
 
     def _earlier(self, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
@@ -201,6 +211,7 @@ class _Run:
             clip=phase.clip,
             accumulate=recipe.accumulate,
             autocast=recipe.autocast,
+            tape=None if recipe.tape is None else read_tape(recipe.tape),
             group=self.group,
             before=before,
             **({} if rule.updates == "self" else recipe.settings(phase)),
@@ -227,9 +238,8 @@ class _Run:
             assert self.folder is not None
             tensors, plain = trainer.state()
             plain |= {"phase": number, "past": self.past, "structures": self.structures}
-            text = {"weft": json.dumps(plain, allow_nan=False)}
             if not self.group.rank:
-                write(self.folder / CHECKPOINT, serialise(_apart(tensors), metadata=text))
+                write_checkpoint(self.folder, tensors, plain)
             self.on_event({"event": "saved", "phase": number, "done": trainer.done, "total": trainer.total})
 
         trainer.run(
@@ -284,60 +294,3 @@ def _seed(seed: int, rank: int) -> int:
     if rank == 0:
         return seed
     return int.from_bytes(hashlib.blake2b(repr((seed, rank)).encode(), digest_size=7).digest(), "little")
-
-
-def _begin(folder: Path, recipe: Recipe) -> None:
-    if (folder / RECIPE).exists():
-        raise UsageError(f"{folder} holds a run already; go on with it by resume, or choose another folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise WeftError(f"cannot make the folder {folder}: {error.strerror}; choose another") from error
-    write(folder / RECIPE, recipe.text().encode())
-
-
-def _state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """What the checkpoint of a folder holds; None where the run was ended before its first."""
-    path = folder / CHECKPOINT
-    if not path.exists():
-        return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["weft"])  # noqa: SIM118
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise WeftError(f"{path} is no checkpoint of Weft's: {error}; start the run anew in another folder") from error
-
-
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies that share no storage, as safetensors wants them."""
-    return {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
-
-
-def write(path: Path, content: bytes) -> None:
-    """Replace a file in one step: after a kill or a full disk it is the old one or the new one, whole.
-
-    Raises:
-        WeftError: when it cannot be written; the old file stays.
-    """
-    name = ""
-    try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=PREFIX)
-        os.chmod(name, 0o644)  # it is made for its owner alone
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException as error:
-        if name:
-            Path(name).unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            full = "; free some space" if error.errno == errno.ENOSPC else ""
-            raise WeftError(f"cannot write {path}: {error.strerror}{full}; what was saved before is intact") from error
-        raise
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what a killed run was in the middle of writing."""
-    for left in folder.glob(f"{PREFIX}*"):
-        left.unlink(missing_ok=True)

@@ -14,20 +14,23 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Self
 from weakref import WeakValueDictionary, ref
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import disable_saved_tensors_hooks, saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from weft._keeping import Entry, Slot, Weights, dense_stride, geometry, plain_math, unpack
 from weft._ledger import Ledger, storage_of
-from weft._tapes import OUTSIDE, Kept, Reference, Saved, Tape
+from weft._tapes import OUTSIDE, Hold, Kept, Reference, Saved, Tape
 from weft.errors import UsageError, WeftError
 
-__all__ = ["OUTSIDE", "Kept", "Reference", "Saved", "Session", "Tape", "kept"]
+__all__ = ["OUTSIDE", "Hold", "Kept", "Reference", "Saved", "Session", "Tape", "kept"]
 
 
 _local = threading.local()  # saved-tensor hooks are per thread, and so are the sessions that are active
@@ -52,6 +55,7 @@ class Session(AbstractContextManager["Session"]):
         self._ledger, self._copies = Ledger(), Ledger()
         self._own = self._ledger, self._copies
         self._running: list[tuple[str, type[nn.Module]]] = []
+        self._recent: deque[tuple[str, torch.Size]] = deque(maxlen=6)  # what was saved last, where
         self._seen: WeakValueDictionary[tuple[object, ...], Entry] = WeakValueDictionary()
         self._weights: Weights | None = None
         self._matched: set[str] | None = None
@@ -106,6 +110,9 @@ class Session(AbstractContextManager["Session"]):
             undo.callback(self._forget)
             for name, module in self.model.named_modules():
                 self._announce(module, name, undo)
+            if self.tape is not None:
+                self.tape.enter(self._hold)
+                undo.callback(self.tape.leave)
             undo.enter_context(saved_tensors_hooks(_weak(self), unpack))
             active.append(self)
             undo.callback(active.remove, self)
@@ -119,8 +126,14 @@ class Session(AbstractContextManager["Session"]):
 
     def _forget(self) -> None:
         self._running.clear()
+        self._recent.clear()
         self._seen.clear()
         self._weights = None
+
+    def _hold(self, tensor: Tensor, place: str) -> Callable[[], None]:
+        ledger = self._ledger
+        keys = [ledger.hold([tensor], place)]
+        return lambda: ledger.release(keys.pop()) if keys else None
 
     def _match(self) -> set[str] | None:
         if self.where is None:
@@ -158,6 +171,14 @@ class Session(AbstractContextManager["Session"]):
         assert self._weights is not None
         plain, storage = tensor.detach(), storage_of(tensor)
         module, cls = self._running[-1] if self._running else (OUTSIDE, None)
+        slot = self._kept(tensor, plain, storage, module, cls)
+        self._recent.append((module, tensor.shape))
+        return slot
+
+    def _kept(
+        self, tensor: Tensor, plain: Tensor, storage: StorageWeakRef | None, module: str, cls: type[nn.Module] | None
+    ) -> Slot:
+        assert self._weights is not None
         weight = self._weights.kind(tensor, storage)
         if weight is not None:
             ledger = self._copies if weight == "copy" else None
@@ -185,8 +206,18 @@ class Session(AbstractContextManager["Session"]):
         if self._matched is not None and not any(name in self._matched for name, _ in self._running):
             return None
         producer = None if tensor.grad_fn is None else tensor.grad_fn.name()
-        saved = Saved(module, cls, tensor.shape, tensor.dtype, producer, tensor.numel())
+        made = producer is not None or tensor.requires_grad or not tensor.is_floating_point()
+        summed = not made and self._sums_up(module, tensor.shape)
+        saved = Saved(module, cls, tensor.shape, tensor.dtype, producer, tensor.numel(), statistic=summed)
         return saved if self.tape.takes(saved) else None
+
+    def _sums_up(self, module: str, shape: torch.Size) -> bool:
+        """Whether a shape is that of one number for each row (or channel) of a tensor that the module saved before."""
+        for where, before in self._recent:
+            rows, channels = before[:-1], before[1:2]
+            if where == module and len(before) > 1 and shape in (rows, (*rows, 1), channels):
+                return True
+        return False
 
 
 def kept(model: nn.Module) -> Session:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import inspect
 import itertools
@@ -15,13 +14,15 @@ import torch
 from torch import Tensor
 
 from weft import processes
-from weft.errors import NonFinite, Unsupported, UsageError, WeftError, unknown
+from weft.errors import UsageError, WeftError, unknown
+from weft.evaluation import evaluate
 from weft.optimizers import SCHEDULES, build_optimizer, settings_of
 from weft.processes import Group
-from weft.rules.batch import IGNORED, rows_used
+from weft.stepping import Stepper
 
 if TYPE_CHECKING:
     from weft.data import Dataset
+    from weft.session import Tape
 
 CHECKED = 50  # steps between two looks at the gradients' norm
 
@@ -54,6 +55,7 @@ class Trainer:
         clip: the largest norm of all gradients together; larger ones are scaled down to it. None: no limit.
         accumulate: the micro-batches that a batch is cut into, to step with less memory.
         autocast: ``"bfloat16"`` or ``"float16"`` to run the rule's steps under ``torch.autocast``.
+        tape: what packs the tensors kept between the passes of each step; None for plain PyTorch.
         group: the processes that share the run (:func:`weft.processes.joined`), each with the same arguments; every
             batch is cut into as many parts, and the gradients are added up by the numbers of their labels.
         before: a trainer whose optimizer's state is taken over for the parameters that both train.
@@ -78,6 +80,7 @@ class Trainer:
         clip: float | None = None,
         accumulate: int = 1,
         autocast: str | None = None,
+        tape: Tape | None = None,
         group: Group | None = None,
         before: Trainer | None = None,
     ) -> None:
@@ -86,27 +89,19 @@ class Trainer:
             raise UsageError(unknown("schedule", self.settings["schedule"], list(SCHEDULES)))
         if epochs < 1 or accumulate < 1:
             raise UsageError(f"epochs={epochs}, accumulate={accumulate}; both are at least 1")
-        if autocast not in (None, "bfloat16", "float16"):
-            raise UsageError(unknown("autocast", str(autocast), ["bfloat16", "float16"]))
-        if clip is not None and not (math.isfinite(clip) and clip > 0):
-            raise UsageError(f"clip={clip}; it is a positive number")
         if rule.updates == "self" and (clip is not None or accumulate > 1 or weight_decay is not None):
             raise UsageError(f"{rule.method_name} changes the weights itself; leave clip, accumulate, weight_decay out")
         self.rule, self.data, self.epochs, self.batch_size, self.seed = rule, data, epochs, batch_size, seed
-        self.weight_decay, self.clip, self.accumulate, self.autocast = weight_decay, clip, accumulate, autocast
+        self.weight_decay = weight_decay
         self.per_epoch = data.batch_count(batch_size)
         self.done, self.total = 0, epochs * self.per_epoch
         self.history: list[Epoch] = []
         self.optimizer: torch.optim.Optimizer | None = self._optimizer(None if before is None else before.optimizer)
         self._summed, self._seconds = 0.0, 0.0
         self.group = Group() if group is None else group
-        if data.kind == "graph" and (accumulate > 1 or self.group.size > 1):
-            given = f"accumulate={accumulate} with {self.group.size} process{'es' * (self.group.size > 1)}"
-            raise Unsupported(
-                f"the nodes of a graph are one batch, which {given} would cut", "accumulate=1, one process"
-            )
-        if self.group.size > 1:
-            self._join()
+        self.stepper = Stepper(rule, data, self.group, clip=clip, accumulate=accumulate, autocast=autocast, tape=tape)
+        smallest = len(data.y_train) - batch_size * (self.per_epoch - 1)
+        self.stepper.join(min(smallest, batch_size))
 
     def _optimizer(self, before: torch.optim.Optimizer | None = None) -> torch.optim.Optimizer | None:
         """A new optimizer; what an earlier one of its kind knows of a parameter is kept."""
@@ -118,23 +113,6 @@ class Trainer:
         if type(before) is type(made):
             made.state.update({p: before.state[p] for p in self.rule.trainable() if p in before.state})
         return made
-
-    def _join(self) -> None:
-        """Begin together with the other processes: the same weights everywhere, and a rule that can be shared.
-
-        Raises:
-            Unsupported: when the rule has state of its own and no way to bring it together.
-            UsageError: when a batch cannot be cut into equal numbers of parts for a sharded model.
-        """
-        self.rule.reduce(self.group)
-        smallest = len(self.data.y_train) - self.batch_size * (self.per_epoch - 1)
-        if self.rule.sharded and min(smallest, self.batch_size) // self.group.size < self.accumulate:
-            raise UsageError(
-                f"the smallest batch has {min(smallest, self.batch_size)} rows for {self.group.size} processes and "
-                f"accumulate={self.accumulate}; a sharded model needs a row in every part: change batch_size"
-            )
-        if not self.rule.sharded:
-            self.group.copy([*self.rule.parameters(), *(b for b in self.rule.buffers() if b.numel())])
 
     def run(
         self,
@@ -197,75 +175,13 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.optimizer.zero_grad()
-        if self.group.size == 1 and self.accumulate == 1:
-            with self._autocast():
-                loss = float(self.rule.step(self.data.x_train[index], self.data.y_train[index]))
-        else:
-            loss, wanted = self._in_parts(index, wanted)
+        loss, wanted = self.stepper.step(index, wanted)
         if self.optimizer is not None:
-            if self.clip is not None:
-                self._clip(self.clip)
+            self.stepper.limit()
             if self.done % CHECKED == 0:
                 self.check_gradients()
             self.optimizer.step()
         return loss, wanted
-
-    def _in_parts(self, index: Tensor, wanted: bool) -> tuple[float, bool]:
-        """A batch in parts, one for each process, each in micro-batches; every part weighs as many as it has labels."""
-        y, group = self.data.y_train[index], self.group
-        labels, rows = max(1, int((y != IGNORED).sum())), rows_used(y)
-        clock, start, loss, mine = self.rule.clock[1], 0, 0.0, 0.0
-        failed: Exception | None = None
-        try:
-            for rank, own in enumerate(index.tensor_split(group.size)):
-                for part in own.tensor_split(max(1, min(self.accumulate, len(own)))):
-                    x, y = self.data.x_train[part], self.data.y_train[part]
-                    share = int((y != IGNORED).sum()) / labels
-                    if rank == group.rank and (share or not rows):
-                        self.rule.window, self.rule.clock[1] = (start, rows), clock
-                        how = {} if self.optimizer is None else {"scale": share}
-                        with self._autocast():
-                            loss += share * float(self.rule.step(x, y, **how))
-                        mine += share
-                    start += rows_used(y)
-        except Exception as error:
-            if group.size == 1:
-                raise
-            failed = error
-        finally:
-            self.rule.window = None
-        if group.size > 1:
-            loss, want, broken = group.total([loss, wanted and not group.rank, failed is not None])
-            wanted = bool(want)
-            if failed is not None:
-                raise failed
-            if broken:
-                raise WeftError("another process of this run has failed in this step; its message says why")
-            self._add_up(mine)
-        self.rule.clock[1] = clock + 1
-        return loss, wanted
-
-    def _add_up(self, mine: float) -> None:
-        """Gradients and running statistics over all processes; ``mine`` is this one's share of the batch."""
-        for p in self.rule.trainable() if self.optimizer is not None else ():
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-        self.group.add(p.grad for p in self.rule.trainable() if p.grad is not None)
-        self.group.mean(processes.statistics(self.rule), mine)
-        self.rule.reduce(self.group)
-
-    def _clip(self, most: float) -> None:
-        gradients = [p.grad for p in self.rule.trainable() if p.grad is not None]
-        if not self.rule.sharded:
-            torch.nn.utils.clip_grad_norm_(self.rule.trainable(), most)
-        elif (norm := self.group.norm(gradients)) > most:
-            for gradient in gradients:
-                gradient.mul_(most / (norm + 1e-6))
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.autocast is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.data.x_train.device.type, getattr(torch, self.autocast))
 
     def _end_epoch(self, epoch: int) -> None:
         if self.rule.grow(epoch):
@@ -280,16 +196,7 @@ class Trainer:
 
     def check_gradients(self) -> None:
         """Raise NonFinite, naming parameters, when the last step's gradients or the weights are not finite."""
-        named = [(name, p) for name, p in self.rule.named_parameters() if p.requires_grad]
-        found = [t for _, p in named for t in (p.grad, p.detach()) if t is not None]
-        if not found or math.isfinite(self.group.norm(found)):
-            return
-        whole = [(n, [processes.whole(t) for t in (p.grad, p.detach()) if t is not None]) for n, p in named]
-        names = [n for n, both in whole if not all(torch.isfinite(t).all() for t in both)]
-        raise NonFinite(
-            f"step {self.done} of {self.total}: gradients or weights that are not finite in {', '.join(names[:5])}"
-            f"{' and others' * (len(names) > 5)}; lower the learning rate, or clip gradients (clip=1.0)"
-        )
+        self.stepper.check_finite(f"step {self.done} of {self.total}")
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that :meth:`load` needs: tensors by name, and plain data; asked of all processes at the same step."""
@@ -350,7 +257,7 @@ def fit(
         options: of :class:`Trainer`: ``epochs=10``, ``batch_size=128``, ``optimizer`` (``adam``, ``adamw``, ``sgd`` or
             ``rmsprop``), ``lr``, ``schedule`` (``constant``, ``cosine`` or ``linear``, to zero over all steps; these
             three by default the card's), ``seed`` of the order of batches, ``weight_decay``, ``clip``, ``accumulate``,
-            ``autocast``, ``group`` (of processes).
+            ``autocast``, ``tape``, ``group`` (of processes).
 
     Raises:
         UsageError: for options that do not exist or make no sense.
@@ -375,31 +282,3 @@ def require_match(rule: Any, optimizer: torch.optim.Optimizer | None) -> None:
 def _generator(rank: int) -> str:
     """The name of a process's generator in a checkpoint."""
     return f"generator.{rank}" if rank else "generator"
-
-
-def evaluate(rule: Any, x: Tensor, y: Tensor, *, batch_size: int = 1000, group: Group | None = None) -> float:
-    """The share of labels (of those that are not -100) that have the highest score, in evaluation mode.
-
-    Args:
-        rule: a rule, or any module that gives scores.
-        x: inputs ``[N, ...]``.
-        y: labels ``[N]`` or ``[N, T]``.
-        batch_size: rows scored at a time; of a graph all, :attr:`weft.data.Dataset.scored_at_once`.
-        group: the processes that share the work; what is sharded is scored by each.
-    """
-    group = Group() if group is None or getattr(rule, "sharded", False) else group
-    x, y = x.tensor_split(group.size)[group.rank], y.tensor_split(group.size)[group.rank]
-    training = rule.training
-    rule.eval()
-    right = counted = 0
-    try:
-        with torch.no_grad():
-            for start in range(0, len(y), batch_size):
-                labels = y[start : start + batch_size]
-                best = rule(x[start : start + batch_size]).argmax(-1)
-                right += int(((best == labels) & (labels != -100)).sum())
-                counted += int((labels != -100).sum())
-    finally:
-        rule.train(training)
-    right, counted = (int(n) for n in group.total([right, counted]))
-    return right / counted if counted else 0.0

@@ -19,6 +19,18 @@ def compare(
         str | None,
         typer.Option("--rules", metavar="a,b,c|all", help="Which rules.", show_default="eight of them"),
     ] = None,
+    tape: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tape", metavar="T", help="Run each rule under this tape too; several times.", show_default=False
+        ),
+    ] = None,
+    convert: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--convert", metavar="L", help="Run each with these layers too; several times.", show_default=False
+        ),
+    ] = None,
     epochs: Annotated[int, typer.Option("--epochs", min=1, help="Passes over the training part.")] = 10,
     batch_size: Batch = 128,
     seed: Seed = 0,
@@ -51,6 +63,8 @@ def compare(
             model,
             data,
             rules,
+            tape=tape or (),
+            convert=convert or (),
             data_dir=data_dir,
             at=names(at),
             epochs=epochs,

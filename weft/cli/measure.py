@@ -7,7 +7,9 @@ from typing import Annotated, Any
 import typer
 
 from weft.cli.output import AsJson, number, print_json, quiet_stdout, stdout, table
-from weft.cli.shared import At, Batch, DataDir, DataName, ModelName, Seed, Threads, names, size
+from weft.cli.shared import At, Batch, Convert, DataDir, DataName, ModelName, Seed, Tape, Threads, names, size
+
+FIGURES = (("cosine", 6), ("relative_error", 3))
 
 
 def measure(
@@ -19,6 +21,8 @@ def measure(
         str | None,
         typer.Option("--rule", metavar="R", help="A rule.", show_default="plain backprop"),
     ] = None,
+    tape: Tape = None,
+    convert: Convert = None,
     batch_size: Batch = 128,
     seed: Seed = 0,
     threads: Threads = 1,
@@ -28,9 +32,8 @@ def measure(
     with quiet_stdout():
         import weft
 
-        document = weft.measure_step(
-            model, data, rule, data_dir=data_dir, at=names(at), batch_size=batch_size, seed=seed, threads=threads
-        )
+        how = {"data_dir": data_dir, "at": names(at), "batch_size": batch_size, "seed": seed, "threads": threads}
+        document = weft.measure_step(model, data, rule, tape=tape, convert=convert or (), **how)
     if as_json:
         print_json(document)
     else:
@@ -38,8 +41,38 @@ def measure(
     return 0
 
 
+def _compare(document: dict[str, Any]) -> None:
+    """The step with its tape or swapped layers beside the plain one."""
+    plain, change, console = document["plain"], document["change"], stdout()
+    made = table("", "plain", "changed", "less", numbers=("plain", "changed", "less"))
+    for label, key in (
+        ("kept for the way back, at most", "kept_bytes"),
+        ("peak, gradients included", "peak_bytes"),
+        ("peak, gradients allocated before", "peak_bytes_without_gradients"),
+    ):
+        before, after = plain[key], document[key]
+        made.add_row(label, size(before), size(after), f"{before / after:.3g} times" if after else "all")
+    time = change["time"]
+    cells = [f"{number(1000 * time[key], 3)} ms" for key in ("baseline_seconds", "seconds")]
+    made.add_row("step, CPU time", *cells, "-" if time["ratio"] is None else f"takes {time['ratio']:.2f} times")
+    made.add_row("loss", *(number(change["loss"][key], 6) for key in ("plain", "changed")), "")
+    console.print(made)
+    console.print()
+    errors = table("gradient against the plain one", "cosine", "relative error", numbers=("cosine", "relative error"))
+    for name, found in (("(all)", change["gradient"]["whole"]), *change["gradient"]["layers"].items()):
+        cells = ["-" if found[key] is None else f"{found[key]:.{digits}g}" for key, digits in FIGURES]
+        errors.add_row(name or "(the model itself)", *cells)
+    console.print(errors)
+    for key, text in (("swapped", "swapped"), ("untrained", "without a gradient of their own")):
+        if change[key]:
+            console.print(f"{text}: {', '.join(change[key])}", soft_wrap=True)
+
+
 def _show(document: dict[str, Any]) -> None:
     console, counts = stdout(), document["operations"]
+    if "change" in document:
+        _compare(document)
+        console.print()
     made = table("one step", "", numbers=("",))
     for label, key in (("forward", "forward_seconds"), ("backward", "backward_seconds"), ("step", "step_seconds")):
         seconds = document[key]
@@ -66,5 +99,6 @@ def _show(document: dict[str, Any]) -> None:
     how = document["settings"]
     console.print(
         f"\n{how['model']} on {how['data']}, batch {how['batch_size']}, rule {how['rule'] or 'none (plain backprop)'}, "
-        f"{how['threads']} thread{'s' * (how['threads'] > 1)}; optimizer excluded"
+        + f"tape {how['tape']}, " * (how["tape"] is not None)
+        + f"{how['threads']} thread{'s' * (how['threads'] > 1)}; optimizer excluded"
     )

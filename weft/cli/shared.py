@@ -24,6 +24,16 @@ DataDir = Annotated[
     str | None,
     typer.Option("--data-dir", metavar="DIR", help="Where data sets are.", show_default="$WEFT_DATA"),
 ]
+Tape = Annotated[
+    str | None,
+    typer.Option("--tape", metavar="T", help="What packs kept tensors: quantise:bits=2, 'a | b'.", show_default=False),
+]
+Convert = Annotated[
+    str | None,
+    typer.Option(
+        "--convert", metavar="L", help="Layers to swap: few-bit-activation:bits=3, 'a + b'.", show_default=False
+    ),
+]
 At = Annotated[
     str | None,
     typer.Option("--at", metavar="a,b", help="Modules to cut behind, for rules with stages.", show_default=False),

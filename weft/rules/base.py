@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from weft import stages
 from weft.errors import DataError, Unsupported, UsageError
 from weft.rules.batch import IGNORED, check_batch, check_finite, check_labels, flat, inputs
+from weft.rules.gradients import add_gradients, hand_over
 
 __all__ = ["IGNORED", "Ready", "Rule", "Scale", "check_finite", "check_labels", "inputs"]
 
@@ -246,47 +247,14 @@ class Rule(nn.Module):
             for leaf in leaves:
                 leaf.grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
             return
-        if ready is None:  # without backward(inputs=...), which copies every gradient
-            outputs = [t for t, _ in heads]
-            found = (
-                torch.autograd.grad(outputs, leaves, arriving, allow_unused=True) if heads else (None,) * len(leaves)
-            )
-            add_gradients(leaves, found, [g for g in arriving if g is not None])
+        outputs = [t for t, _ in heads]
+        if ready is not None:
+            hand_over(outputs, arriving, leaves, ready)
             return
-        handed: set[int] = set()
-
-        def hand_over(leaf: Tensor) -> None:
-            handed.add(id(leaf))
-            ready(leaf)  # type: ignore[arg-type]
-
-        handles = [leaf.register_post_accumulate_grad_hook(hand_over) for leaf in leaves]
-        try:
-            if heads:
-                torch.autograd.backward([t for t, _ in heads], arriving, inputs=leaves)
-        finally:
-            for handle in handles:
-                handle.remove()
-        for leaf in leaves:
-            if id(leaf) not in handed:
-                if leaf.grad is None:
-                    leaf.grad = torch.zeros_like(leaf)
-                ready(leaf)  # type: ignore[arg-type]
-
-
-def add_gradients(leaves: Sequence[Tensor], found: Sequence[Tensor | None], taken: Iterable[Tensor]) -> None:
-    """Add to ``.grad``; autograd may give several leaves one tensor, or one of ``taken``, and each gets its own."""
-    given = {t.data_ptr() for t in taken if t.layout == torch.strided}
-    for leaf, gradient in zip(leaves, found, strict=True):
-        if gradient is None:
-            leaf.grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-        elif leaf.grad is not None:
-            leaf.grad += gradient
-        elif gradient.layout != torch.strided:
-            leaf.grad = gradient
-        else:
-            shared = gradient.data_ptr() in given or gradient.stride() != leaf.stride()
-            leaf.grad = torch.empty_like(leaf).copy_(gradient) if shared else gradient
-            given.add(gradient.data_ptr())
+        found: Sequence[Tensor | None] = (None,) * len(leaves)  # backward(inputs=...) copies every gradient, grad none
+        if heads:
+            found = torch.autograd.grad(outputs, leaves, arriving, allow_unused=True)
+        add_gradients(leaves, found, [g for g in arriving if g is not None])
 
 
 def _guarded(step: Callable[..., Tensor]) -> Callable[..., Tensor]:

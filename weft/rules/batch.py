@@ -49,6 +49,13 @@ def check_labels(scores: Tensor, y: Tensor) -> None:
         )
 
 
+def labelled(x: Tensor, y: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """The rows of ``x`` ``[B, ...]`` and ``y`` ``[B]`` that have a label; DataError where labels are no classes."""
+    check_labels(x.new_empty(len(x), classes), y)
+    used = y != IGNORED
+    return (x, y) if used.all() else (x[used], y[used])
+
+
 def check_finite(losses: Iterable[Tensor]) -> None:
     """Raise NonFinite where a loss is infinite or not a number."""
     for loss in losses:

@@ -29,7 +29,8 @@ from weft.claim import Check, claim
 from weft.errors import Unsupported, UsageError
 from weft.method import method
 from weft.ops.goodness import check_rows, goodness, layer_loss, normalise, observe, overlay, wrong_labels
-from weft.rules.base import IGNORED, Ready, Rule, Scale, check_finite, check_labels
+from weft.rules.base import Ready, Rule, Scale, check_finite
+from weft.rules.batch import labelled
 from weft.testing.example import Example, classification
 from weft.testing.tools import gradients
 
@@ -101,10 +102,9 @@ class CollaborativeForwardForward(Rule):
     def step(self, x: Any, y: Tensor, *, scale: Scale = 1.0, ready: Ready | None = None) -> Tensor:
         """A neutral pass without gradients, then one of positive and negative rows, which alone updates statistics."""
         assert self.cut is not None
-        x = check_rows(x, y, self.classes, "collaborative-forward-forward", "mono-forward")
-        check_labels(x.new_empty(len(x), self.classes), y)
-        if (y == IGNORED).any():
-            x, y = x[y != IGNORED], y[y != IGNORED]
+        x, y = labelled(
+            check_rows(x, y, self.classes, "collaborative-forward-forward", "mono-forward"), y, self.classes
+        )
         _, neutral, scores = observe(self.cut, self._with(x, None), self.classes)
         neutral = torch.cat([neutral, neutral])  # what the head sees: as many rows as the stages before it
         check_finite([self.criterion(scores, y)])

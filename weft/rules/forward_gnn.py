@@ -25,13 +25,12 @@ from torch import Tensor, nn
 from weft.claim import Check, claim
 from weft.errors import Unsupported, UsageError, unknown
 from weft.method import method
-from weft.models.graph import gcn
 from weft.ops.graph_labels import codes, join_classes, normalise, without_learning
 from weft.rules.base import Ready, Scale
 from weft.rules.graphs import GraphRule
 from weft.stages import frozen_statistics
-from weft.testing.example import Example, classification
-from weft.testing.graphs import Dense, cora, small_graph
+from weft.testing.example import Example
+from weft.testing.graphs import Dense, cora, small_graph, without_edges
 
 TOP_DOWN = ("none", "input", "loss")
 
@@ -124,12 +123,8 @@ class ForwardGNN(GraphRule):
 
 
 def example() -> Example:
-    """A graph network for a graph without edges, with six nodes, so that fewer are a graph too."""
-    made = classification()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = gcn(8, 3, widths=(12, 10), dropout=0.0)
-    return Example(model, made.x, made.y)
+    """A graph network and six nodes without edges."""
+    return without_edges()
 
 
 def _against_dense(seed: int, **options: Any) -> list[Check]:

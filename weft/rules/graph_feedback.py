@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from weft.claim import Check, claim
 from weft.errors import Unsupported
 from weft.method import method
-from weft.models.graph import convolutions, gcn
+from weft.models.graph import convolutions
 from weft.rules.base import Ready, Rule, Scale
-from weft.testing.example import Example, classification
-from weft.testing.graphs import cora, small_graph
+from weft.testing.example import Example
+from weft.testing.graphs import cora, small_graph, without_edges
 
 
 def spread_error(error: Tensor, graph: nn.Module, times: int) -> Tensor:
@@ -101,12 +101,8 @@ class GraphFeedbackAlignment(Rule):
 
 
 def example() -> Example:
-    """A graph network for a graph without edges, with six nodes, so that fewer are a graph too."""
-    made = classification()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = gcn(8, 3, widths=(12, 10), dropout=0.0)
-    return Example(model, made.x, made.y)
+    """A graph network and six nodes without edges."""
+    return without_edges()
 
 
 @claim(

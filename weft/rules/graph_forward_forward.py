@@ -25,13 +25,12 @@ from torch import Tensor, nn
 from weft.claim import Check, claim
 from weft.errors import UsageError
 from weft.method import method
-from weft.models.graph import gcn
 from weft.ops.graph_labels import codes, join_classes, node_loss, normalise, wrong_classes
 from weft.rules.base import IGNORED, Ready, Scale
 from weft.rules.graphs import GraphRule
 from weft.stages import frozen_statistics
-from weft.testing.example import Example, classification
-from weft.testing.graphs import Dense, small_graph
+from weft.testing.example import Example
+from weft.testing.graphs import Dense, small_graph, without_edges
 
 
 @method(
@@ -110,12 +109,8 @@ class GraphForwardForward(GraphRule):
 
 
 def example() -> Example:
-    """A graph network for a graph without edges, with six nodes, so that fewer are a graph too."""
-    made = classification()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = gcn(8, 3, widths=(12, 10), dropout=0.0)
-    return Example(model, made.x, made.y)
+    """A graph network and six nodes without edges."""
+    return without_edges()
 
 
 def _against_dense(seed: int, **options: Any) -> list[Check]:

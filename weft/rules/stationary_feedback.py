@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from weft.claim import Check, claim
+from weft.convert import Convertible
 from weft.errors import DataError, Unsupported, UsageError
 from weft.method import method
 from weft.ops.scan import LinearFeedback, linear_scan
@@ -65,7 +66,7 @@ def lstm_steps(x: Tensor, start: Tensor, weights: Sequence[Tensor]) -> tuple[Ten
 
 
 @method("stationary-feedback", contract="layer", family="rules", papers=[134], tags={"same-forward"})
-class StationaryFeedback(nn.Module):
+class StationaryFeedback(Convertible):
     """An ``nn.RNN``, ``nn.GRU`` or ``nn.LSTM`` whose backward pass takes log2(T) stages; called as the layer itself.
 
     Where the recurrence forgets faster than A (a saturated tanh, say), A adds up errors that have no effect, and
@@ -80,6 +81,7 @@ class StationaryFeedback(nn.Module):
         UsageError: for a decay that does not fit.
     """
 
+    converts = (nn.RNN, nn.GRU, nn.LSTM)
     decay: Tensor
 
     def __init__(self, layer: nn.Module, *, decay: Sequence[float] | Tensor = (0.0, 1.0)) -> None:

@@ -62,6 +62,7 @@ def single_steps(module: nn.RNNBase, x: Tensor, first: Tensor | None, h: Tensor)
         "direct-random-target-projection": {
             "options": {"local_loss": "linear"},
             "papers": [],
+            "defaults": {"optimizer": "adam", "lr": 2e-3, "schedule": "cosine"},
             "summary": "Push every stage along a fixed random projection of the label, whatever it gave.",
         }
     },
@@ -162,8 +163,7 @@ class TargetProjection(Rule):
             h = single_steps(module, x, first, whole[0])
             return h, h.narrow(1 if module.batch_first else 0, -1, 1).reshape(whole[1].shape)
 
-        layers = [self.model.get_submodule(name) for name in self.recurrent]
-        handles = [layer.register_forward_hook(behind, with_kwargs=True) for layer in layers]
+        handles = [self.model.get_submodule(n).register_forward_hook(behind, with_kwargs=True) for n in self.recurrent]
         try:
             yield
         finally:

@@ -6,15 +6,26 @@ from collections.abc import Callable, Iterator
 
 from weft.cards import Card
 from weft.errors import WeftError
-from weft.method import card as find
+from weft.testing.conversion import conversion_checks
+from weft.testing.function import function_checks
 from weft.testing.layer import layer_checks
 from weft.testing.rule import rule_checks
 from weft.testing.solver import solver_checks
+from weft.testing.tape import tape_checks
+from weft.testing.tools import run_all
+
+
+def _layer_checks(card: Card) -> Iterator[tuple[str, Callable[[Card], None]]]:
+    yield from layer_checks(card)
+    yield from conversion_checks(card)
+
 
 CHECKS: dict[str, Callable[[Card], Iterator[tuple[str, Callable[[Card], None]]]]] = {
     "rule": rule_checks,
     "solver": solver_checks,
-    "layer": layer_checks,
+    "layer": _layer_checks,
+    "tape": tape_checks,
+    "function": function_checks,
 }
 
 
@@ -41,9 +52,4 @@ def check_method(name: str | Card) -> list[str]:
     Raises:
         AssertionError: by the first promise that is not kept.
     """
-    card = find(name) if isinstance(name, str) else name
-    ran = []
-    for label, check in contract_checks(card):
-        check(card)
-        ran.append(label)
-    return ran
+    return run_all(name, contract_checks)

@@ -8,6 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from weft.testing.example import Example, classification
+
+
+def without_edges() -> Example:
+    """A graph network for a graph without edges, with six nodes, so that fewer are a graph too."""
+    from weft.models.graph import gcn
+
+    made = classification()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = gcn(8, 3, widths=(12, 10), dropout=0.0)
+    return Example(model, made.x, made.y)
+
 
 def small_graph(seed: int, *, classes: int = 3, widths: Sequence[int] = (7, 6)) -> tuple[nn.Module, Tensor, Tensor]:
     """A graph network in float64 for a random graph of 14 nodes; features ``[14, 5]``; labels, five of them -100."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from weft.cards import Card
 from weft.errors import Unsupported
+from weft.testing.example import Example
 from weft.testing.tools import raises, same, snapshot
 
 Check = Callable[[Card], None]
@@ -25,9 +26,9 @@ def layer_checks(card: Card) -> Iterator[tuple[str, Check]]:
         yield check.__name__, check
 
 
-def _made(card: Card) -> tuple[nn.Module, nn.Module, Any]:
-    """The ordinary layer, what it was turned into, and the input."""
-    made = card.example()
+def _made(card: Card, made: Example | None = None) -> tuple[nn.Module, nn.Module, Any]:
+    """The ordinary layer of an example, what it was turned into, and the input."""
+    made = made or card.example()
     dense = copy.deepcopy(made.model)
     return dense, card.load().from_dense(dense, **{**card.preset, **made.options}), made.x
 
@@ -40,17 +41,19 @@ def _gradients(layer: nn.Module, x: Tensor) -> list[Tensor]:
     x = x.detach().clone().requires_grad_(x.is_floating_point())
     layer.zero_grad(set_to_none=True)
     _first(layer(x)).square().mean().backward()
-    assert x.grad is None or torch.isfinite(x.grad).all()
+    assert x.grad is None or torch.isfinite(x.grad).all(), "the gradient of the input is not finite"
     return [p.grad.clone() for p in layer.parameters() if p.grad is not None]
 
 
 def trains(card: Card) -> None:
     """Every parameter gets a finite gradient, the same each time; nothing is left behind in hooks or generators."""
-    dense, layer, x = _made(card)
-    before, state = snapshot(dense), torch.get_rng_state()
+    made = card.example()
+    before, state = snapshot(made.model), torch.get_rng_state()
+    dense, layer, x = _made(card, made)
     found = _gradients(layer, x)
     assert len(found) == sum(p.requires_grad for p in layer.parameters()), "a parameter got no gradient"
-    assert all(torch.isfinite(g).all() for g in found) and any(bool(g.any()) for g in found)
+    assert all(torch.isfinite(g).all() for g in found), "a parameter's gradient is not finite"
+    assert any(bool(g.any()) for g in found), "every gradient is zero"
     assert same(_gradients(layer, x), found), "the same input gave other gradients"
     assert torch.equal(state, torch.get_rng_state()), "torch's global generator was used"
     assert snapshot(dense)["hooks"] == before["hooks"], "a hook was left on the layer that was given"
@@ -64,8 +67,8 @@ def copies(card: Card) -> None:
         for p in layer.parameters():
             p.mul_(0.9)
         other.load_state_dict(layer.state_dict())
-        assert torch.equal(_first(copy.deepcopy(layer)(x)), _first(layer(x)))
-        assert torch.equal(_first(other(x)), _first(layer(x)))
+        assert torch.equal(_first(copy.deepcopy(layer)(x)), _first(layer(x))), "a deep copy gives another output"
+        assert torch.equal(_first(other(x)), _first(layer(x))), "with the state loaded, the output is another"
 
 
 def other_layers(card: Card) -> None:
@@ -77,7 +80,7 @@ def same_forward(card: Card) -> None:
     """The output is that of the ordinary layer, which shares its parameters."""
     dense, layer, x = _made(card)
     with torch.no_grad():
-        assert same([_first(layer(x))], [_first(dense(x))], tolerance=1e-6)
+        assert same([_first(layer(x))], [_first(dense(x))], tolerance=1e-6), "the output is another"
     assert {id(p) for p in dense.parameters()} <= {id(p) for p in layer.parameters()}, "the parameters are copies"
 
 

@@ -20,7 +20,6 @@ from torch import nn
 
 from weft.cards import Card
 from weft.errors import DataError, StageError, Unsupported, UsageError
-from weft.method import card as find
 from weft.testing import gradient, tags
 from weft.testing.example import classification
 from weft.testing.tools import (
@@ -29,6 +28,7 @@ from weft.testing.tools import (
     gradients,
     leaves,
     raises,
+    run_all,
     same,
     snapshot,
 )
@@ -48,12 +48,7 @@ def check_rule(name: str | Card) -> list[str]:
     Raises:
         AssertionError: by the first promise that is not kept.
     """
-    card = find(name) if isinstance(name, str) else name
-    ran = []
-    for label, check in rule_checks(card):
-        check(card)
-        ran.append(label)
-    return ran
+    return run_all(name, rule_checks)
 
 
 def rule_checks(card: Card) -> Iterator[tuple[str, Check]]:

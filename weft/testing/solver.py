@@ -33,9 +33,11 @@ def finds_weights(card: Card) -> None:
     """The report is finite and JSON, the scores are one row for each input, and better than a constant guess."""
     solver, x, y = build(card)
     report = solver.fit(x, y)
-    assert math.isfinite(report.loss) and report.steps >= 1 and all(map(math.isfinite, report.history))
+    assert all(map(math.isfinite, [report.loss, *report.history])), "the report is not finite"
+    assert report.steps >= 1, f"{report.steps} steps"
     scores = solver(x)
-    assert scores.shape[0] == len(y) and scores.ndim == 2 and torch.isfinite(scores).all()
+    assert scores.ndim == 2 and scores.shape[0] == len(y), f"scores {tuple(scores.shape)} for {len(y)} inputs"
+    assert torch.isfinite(scores).all(), "scores are not finite"
     most = int(y.bincount().max()) / len(y)
     assert float((scores.argmax(1) == y).double().mean()) > most, "no better than the most frequent class"
     assert torch.equal(scores, solver(x)), "two predictions differ"
@@ -61,7 +63,8 @@ def leaves_the_rest_alone(card: Card) -> None:
     solver(made.x)
     after = snapshot(model)
     assert torch.equal(state, torch.get_rng_state()), "torch's global generator was used"
-    assert before["hooks"] == after["hooks"] and before["modes"] == after["modes"]
+    for key in ("hooks", "modes"):
+        assert before[key] == after[key], f"{key} of the model changed"
     if "own-model" in card.tags:
         assert all(torch.equal(w, after["weights"][n]) for n, w in before["weights"].items()), "the model was changed"
     assert all(p.grad is None for p in model.parameters()), "a gradient was left behind"
@@ -75,7 +78,7 @@ def ignored_rows(card: Card) -> None:
     one.fit(torch.cat([x, 100 * x[:3]]), masked)
     two, _, _ = build(card, seed=1)
     two.fit(made.x, made.y)
-    assert torch.equal(one(x), two(x))
+    assert torch.equal(one(x), two(x)), "ignored rows have a part in the weights"
 
 
 def round_trips(card: Card) -> None:
@@ -86,7 +89,7 @@ def round_trips(card: Card) -> None:
         other.rebuild(structure)
     other.load_state_dict(solver.state_dict())
     assert torch.equal(other(x), solver(x)), "rebuilt, it predicts otherwise"
-    assert torch.equal(copy.deepcopy(solver)(x), solver(x))
+    assert torch.equal(copy.deepcopy(solver)(x), solver(x)), "a deep copy predicts otherwise"
 
 
 def bad_input(card: Card) -> None:

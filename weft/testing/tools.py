@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,7 +11,18 @@ from torch import Tensor, nn
 
 from weft.cards import Card
 from weft.errors import Unsupported, UsageError
+from weft.method import card as find
 from weft.testing.example import Example
+
+
+def run_all(name: str | Card, checks: Callable[[Card], Iterator[tuple[str, Callable[[Card], None]]]]) -> list[str]:
+    """Run the ``checks`` of a card, given or found by its name, one after another; the names of those that ran."""
+    card = find(name) if isinstance(name, str) else name
+    ran = []
+    for label, check in checks(card):
+        check(card)
+        ran.append(label)
+    return ran
 
 
 def build(card: Card, made: Example | None = None, **options: Any) -> tuple[Any, Any, Tensor]:
@@ -30,8 +41,8 @@ def gradients(rule: Any, x: Any, y: Tensor, **how: Any) -> list[Tensor]:
 
 
 def same(a: list[Tensor], b: list[Tensor], *, factor: float = 1.0, tolerance: float = 0.0) -> bool:
-    """Whether lists of tensors agree, ``a = factor * b``, up to a tolerance relative to the largest entry."""
-    if len(a) != len(b):
+    """Whether lists of tensors agree in shape and ``a = factor * b``, to a tolerance relative to the largest entry."""
+    if [p.shape for p in a] != [q.shape for q in b]:
         return False
     pairs = [(p.double(), factor * q.double()) for p, q in zip(a, b, strict=True)]
     return all(float((p - q).abs().max()) <= tolerance * max(1e-30, float(q.abs().max())) for p, q in pairs)

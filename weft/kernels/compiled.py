@@ -1,0 +1,156 @@
+"""How a kernel becomes an operator of torch, how it is compiled for the CPU, and how threads share a call.
+
+To add kernels: a file in ``weft/kernels/cpu`` with loops under `kernel`, one in ``weft/kernels/cuda`` for Triton, both
+imported only inside the functions that run there, and one beside this that checks what a caller gives and registers the
+operator with its reference. What a loop for CPUs calls stands in the loop's own file: the machine code on disk is taken
+as long as that file and the CPU's features are the same.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from weft.errors import UsageError
+
+GRAIN = 1 << 18  # elements; fewer cost less than a thread's start
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+NATIVE = (torch.float32, torch.bfloat16)  # what the kernels read and write themselves
+
+_compiling = threading.RLock()
+_log = logging.getLogger("weft")
+
+
+def operator(
+    schema: str, reference: Callable[..., Any], *, fake: Callable[..., Any], cpu: Callable[..., Any],
+    cuda: Callable[..., Any],
+) -> Callable[..., Any]:  # fmt: skip
+    """The operator ``torch.ops.weft.NAME``, which `torch.compile` takes as one step. It has no derivative.
+
+    Registered piece by piece, as `torch.library.custom_op` imports the whole compiler at an operator's first call.
+
+    Args:
+        schema: ``"NAME(Tensor x, int bits) -> Tensor"``; results share no memory with arguments.
+        reference: in plain torch; runs on every other device, on CUDA without Triton and on big-endian CPUs, whose
+            words the loops would read the wrong way round.
+        fake: makes results of the right shapes and dtypes.
+        cpu: calls a `Kernel`.
+        cuda: launches Triton; what it imports may be missing.
+    """
+
+    def on_cuda(*args: Any) -> Any:
+        try:
+            return cuda(*args)
+        except ImportError:
+            return reference(*args)
+
+    name = schema.partition("(")[0]
+    torch.library.define(f"weft::{name}", schema.removeprefix(name), tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(f"weft::{name}", "default", reference)
+    torch.library.impl(f"weft::{name}", "cpu", cpu if sys.byteorder == "little" else reference)
+    torch.library.impl(f"weft::{name}", "cuda", on_cuda)
+    torch.library.register_fake(f"weft::{name}", fake)
+    found: Callable[..., Any] = getattr(torch.ops.weft, name).default
+    return found
+
+
+class Kernel:
+    """A loop in Python that runs as machine code, once it has been compiled for its one signature.
+
+    Args:
+        loop: writes into arrays that it is given and returns nothing.
+        signature: as Numba writes it.
+    """
+
+    def __init__(self, loop: Callable[..., None], signature: str) -> None:
+        self.loop, self.signature = loop, signature
+        self._compiled: Callable[..., None] | None = None
+
+    def __call__(self, *args: Any) -> None:
+        (self._compiled or self.compile())(*args)
+
+    def compile(self) -> Callable[..., None]:
+        """The machine code: from this process, from disk, or compiled now; a long wait is announced by the logger."""
+        import numba
+
+        with _compiling:
+            if self._compiled is None:
+                options = {"error_model": "numpy", "nogil": True, "no_cfunc_wrapper": True}
+                try:
+                    found = numba.njit(cache=True, **options)(self.loop)
+                except RuntimeError:  # neither the package's folder nor the user's cache can be written
+                    found = numba.njit(**options)(self.loop)
+                notice = threading.Timer(1.0, self._announce, [found])
+                notice.daemon = True
+                notice.start()
+                try:
+                    found.compile(self.signature)
+                finally:
+                    notice.cancel()
+                found.disable_compile()
+                self._compiled = found
+            return self._compiled
+
+    def _announce(self, found: Any) -> None:
+        if found.stats.cache_misses or not found.stats.cache_path:
+            _log.warning("weft: compiling the kernel %s for this CPU, once ...", self.loop.__name__)
+
+
+def kernel(signature: str) -> Callable[[Callable[..., None]], Kernel]:
+    """Makes a `Kernel` of the loop below it."""
+    return lambda loop: Kernel(loop, signature)
+
+
+def share(run: Callable[[int, int], None], size: int, unit: int) -> None:
+    """Calls ``run(start, stop)`` on parts of ``range(size)``, on as many threads as torch uses.
+
+    The threads live as long as the call: none is left to a fork, and calls from several threads do not meet.
+
+    Args:
+        run: writes what belongs to its part alone, and releases the interpreter.
+        size: elements in all.
+        unit: parts start at its multiples.
+    """
+    parts = max(1, min(torch.get_num_threads(), size // GRAIN))
+    step = max(1, -(-size // (parts * unit))) * unit
+    failed: list[BaseException] = []
+
+    def guarded(start: int) -> None:
+        try:
+            run(start, min(start + step, size))
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=guarded, args=[start]) for start in range(step, size, step)]
+    for thread in threads:
+        thread.start()
+    guarded(0)
+    for thread in threads:
+        thread.join()
+    if failed:
+        raise failed[0]
+
+
+def check_whole(name: str, value: Any, low: int, high: int) -> None:
+    """Raise UsageError unless ``low <= value <= high``, a whole number."""
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt) or not low <= value <= high:
+        raise UsageError(f"{name}={value!r}: give a whole number from {low} to {high}")
+
+
+def check_tensor(name: str, tensor: Any, dtypes: tuple[torch.dtype, ...], ndim: int | None = None) -> Tensor:
+    """The tensor, detached; UsageError for another layout, dtype or number of dimensions."""
+    if not isinstance(tensor, Tensor):
+        raise UsageError(f"{name} is a {type(tensor).__name__}: give a tensor")
+    if tensor.layout != torch.strided:
+        raise UsageError(f"{name} has the layout {tensor.layout}: give a dense tensor, {name}.to_dense()")
+    if tensor.dtype not in dtypes:
+        raise UsageError(f"{name} has the dtype {tensor.dtype}: give one of {', '.join(map(str, dtypes))}")
+    if ndim is not None and tensor.ndim != ndim:
+        raise UsageError(f"{name} has the shape {tuple(tensor.shape)}: give {ndim} dimension(s)")
+    return tensor.detach()

@@ -1,0 +1,1 @@
+"""Loops for CPUs, in Numba; imported at their first use."""

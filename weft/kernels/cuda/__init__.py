@@ -1,0 +1,1 @@
+"""Loops for CUDA, in Triton; imported at their first use."""

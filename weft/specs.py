@@ -1,0 +1,104 @@
+"""Tapes and conversions as text and plain data, for the command line and recipes: ``quantise:bits=2 | offload``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+from torch import nn
+
+from weft._tapes import Tape
+from weft.cards import Card
+from weft.convert import convert_
+from weft.errors import UsageError, unknown
+from weft.method import card, methods
+
+__all__ = ["apply_conversions", "parse", "read_conversion", "read_tape"]
+
+
+def parse(text: str) -> tuple[str, dict[str, Any]]:
+    """``name:key=value,key=value`` as a name and options, values in YAML (``rank=8``, ``folder=/tmp``, ``seed=null``).
+
+    Raises:
+        UsageError: for text of another form.
+    """
+    name, _, rest = text.strip().partition(":")
+    options: dict[str, Any] = {}
+    for pair in [p for p in rest.split(",") if p.strip()]:
+        key, sign, value = pair.partition("=")
+        if not sign or not key.strip().isidentifier():
+            raise UsageError(f"{text.strip()!r}: write a name, or name:key=value,key=value")
+        try:
+            options[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UsageError(f"{text.strip()!r}: {value!r} is not a value ({error})") from error
+    return name.strip(), options
+
+
+def read_tape(text: str) -> Tape:
+    """A tape, or a composition, from ``quantise:bits=4 | offload:folder=/scratch``.
+
+    Raises:
+        UsageError: for a name that is no tape, and options that it does not have.
+    """
+    made = [
+        found.build(**_known(found, options)) for found, options in (_find(part, "tape") for part in text.split("|"))
+    ]
+    whole = made[0]
+    for tape in made[1:]:
+        whole = whole | tape
+    return whole
+
+
+def read_conversion(given: str | Mapping[str, Any]) -> dict[str, Any]:
+    """A conversion as ``{"layer", "options", "where"}`` from ``compact:rank=32,where=blocks.*`` or such a mapping.
+
+    Raises:
+        UsageError: for a name that is no layer, options that it does not have, and keys that are none of the three.
+    """
+    if isinstance(given, str):
+        name, options = parse(given)
+        data: dict[str, Any] = {"layer": name, "where": options.pop("where", None), "options": options}
+    else:
+        data = {"options": {}, "where": None, **given}
+        for key in data:
+            if key not in ("layer", "options", "where"):
+                raise UsageError(unknown("key", str(key), ["layer", "options", "where"], "of a conversion"))
+        if not isinstance(data.get("layer"), str) or not isinstance(data["options"], Mapping):
+            raise UsageError("a conversion has layer (a method's name), options (a mapping) and where (globs)")
+    found, _ = _find(data["layer"], "layer")
+    return {"layer": found.name, "options": dict(_known(found, data["options"])), "where": data["where"]}
+
+
+def apply_conversions(model: nn.Module, conversions: Sequence[str | Mapping[str, Any]]) -> list[str]:
+    """`weft.convert_` for each of them, in their order; names of the layers that were swapped.
+
+    Raises:
+        UsageError, Unsupported: as `read_conversion` and `weft.convert_` do.
+    """
+    swapped = []
+    for given in conversions:
+        one = read_conversion(given)
+        found = card(one["layer"])
+        layer, options = found.load(), {**found.preset, **one["options"]}
+        if not getattr(layer, "converts", ()):
+            raise UsageError(f"{found.name} does not say which layers it stands in for; build it in Python")
+        swapped += convert_(model, layer.options(**options), where=one["where"])
+    return swapped
+
+
+def _find(text: str, contract: str) -> tuple[Card, dict[str, Any]]:
+    name, options = parse(text)
+    valid = [c.name for c in methods() if c.contract == contract]
+    if name not in valid:
+        raise UsageError(unknown(contract, name, valid, "(weft methods lists all)"))
+    return card(name), options
+
+
+def _known(found: Card, options: Mapping[str, Any]) -> Mapping[str, Any]:
+    names = [option.name for option in found.options]
+    for given in options:
+        if given not in names:
+            raise UsageError(unknown("option", str(given), names, f"of {found.name!r}"))
+    return options

@@ -1,0 +1,142 @@
+"""What a layer that stands in for an ordinary one must do wherever the ordinary one does it.
+
+The example's ``model`` is the ordinary layer, ``x`` its input (a tensor or a tuple), ``options`` those of `from_dense`.
+Where the ordinary layer itself refuses an input or a dtype, the layer that stands in for it may refuse too.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from weft.cards import Card
+from weft.convert import Convertible, convert_, restore_
+from weft.errors import UsageError
+from weft.measure import kept_bytes
+from weft.testing.tools import raises, same
+
+Check = Callable[[Card], None]
+
+
+def conversion_checks(card: Card) -> Iterator[tuple[str, Check]]:
+    """The checks that every `Convertible` must pass, with their names; ``lean`` is checked where it is declared."""
+    for check in (*EVERY, *((lean,) if "lean" in card.tags else ())):
+        yield check.__name__, check
+
+
+def _made(card: Card, dtype: torch.dtype | None = None) -> tuple[nn.Module, nn.Module, tuple[Any, ...]]:
+    made = card.example()
+    dense = copy.deepcopy(made.model).to(dtype)
+    x = made.x if isinstance(made.x, tuple) else (made.x,)
+    x = tuple(t.to(dtype) if dtype is not None and t.is_floating_point() else t for t in x)
+    return dense, card.load().from_dense(dense, **{**card.preset, **made.options}), x
+
+
+def _first(out: Any) -> Tensor:
+    while isinstance(out, tuple | list):
+        out = out[0]
+    return out
+
+
+def _run(layer: nn.Module, x: tuple[Any, ...]) -> list[Tensor]:
+    """The output, and the gradients of its mean square by every floating input and parameter."""
+    x = tuple(t.detach().requires_grad_(t.is_floating_point()) for t in x)
+    out = _first(layer(*x))
+    by = [t for t in (*x, *layer.parameters()) if t.requires_grad]
+    grads = torch.autograd.grad(out.float().square().mean(), by, allow_unused=True)
+    return [out.detach(), *(torch.zeros_like(t) if g is None else g for t, g in zip(by, grads, strict=True))]
+
+
+def _as_dense(dense: nn.Module, layer: nn.Module, x: tuple[Any, ...]) -> list[Tensor] | None:
+    """What the layer gives, after the ordinary one has taken the same; None where that one refuses."""
+    try:
+        plain = _run(dense, x)
+    except (RuntimeError, ValueError, NotImplementedError):
+        return None
+    found = _run(layer, x)
+    assert found[0].shape == plain[0].shape and found[0].dtype == plain[0].dtype, "output of another shape or dtype"
+    return found
+
+
+def dtypes(card: Card) -> None:
+    """Float64, bfloat16 and float16: outputs and gradients in that dtype, finite."""
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        dense, layer, x = _made(card, dtype)
+        for t in _as_dense(dense, layer, x) or []:
+            assert torch.isfinite(t).all(), f"{dtype}: not finite"
+
+
+def strided(card: Card) -> None:
+    """An input that is not contiguous gives what its contiguous copy gives."""
+    _, layer, x = _made(card)
+    wide = tuple(torch.stack([t, t + 1], -1)[..., 0] if t.is_floating_point() else t for t in x)
+    assert any(not t.is_contiguous() for t in wide) or not any(t.is_floating_point() for t in x)
+    assert same(_run(layer, wide), _run(layer, x), tolerance=1e-5)
+
+
+def empty(card: Card) -> None:
+    """A batch without rows passes, where it passes the ordinary layer."""
+    dense, layer, x = _made(card)
+    for t in (_as_dense(dense, layer, tuple(t[:0] for t in x)) or [])[1:]:
+        assert not t.any(), "a batch without rows gave a gradient"
+
+
+def autocast(card: Card) -> None:
+    """Under autocast the output has the dtype of the ordinary layer's."""
+    dense, layer, x = _made(card)
+    with torch.autocast("cpu", torch.bfloat16):
+        _as_dense(dense, layer, x)
+
+
+def no_gradients(card: Card) -> None:
+    """Under ``no_grad``, and for an input that needs no gradient, the output is the same and nothing breaks."""
+    _, layer, x = _made(card)
+    with torch.no_grad():
+        plain = _first(layer(*x))
+    assert same([_first(layer(*x)).detach()], [plain], tolerance=1e-6)
+    for p in layer.parameters():
+        p.requires_grad_(False)
+    found = _run(layer, x)
+    assert same(found[:1], [plain], tolerance=1e-6) and torch.isfinite(found[1]).all()
+
+
+def converts_and_back(card: Card) -> None:
+    """In a model: `convert_` swaps it, the state loads into another, `restore_` gives the ordinary layer back."""
+    made, layer = card.example(), card.load()
+    x = made.x if isinstance(made.x, tuple) else (made.x,)
+    assert issubclass(layer, Convertible) and type(made.model) in layer.converts, "converts does not name the example"
+    model = nn.ModuleDict({"one": copy.deepcopy(made.model), "two": copy.deepcopy(made.model), "other": nn.Identity()})
+    before = _first(model["one"](*x)).detach()
+    options = {**card.preset, **made.options}
+    assert convert_(model, layer.options(**options), where="one") == ["one"]
+    assert convert_(model, {type(made.model): layer.options(**options)}) == ["two"], "what was swapped is swapped again"
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in twin["one"].parameters():
+            p.mul_(0.9)
+    model.load_state_dict(twin.state_dict())
+    assert torch.equal(_first(twin["one"](*x)), _first(model["one"](*x))), "a loaded state gives another output"
+    with torch.no_grad():
+        for p in model["one"].parameters():
+            p.div_(0.9)
+    assert sorted(restore_(model)) == ["one", "two"] and type(model["one"]) is type(made.model)
+    assert restore_(model) == []
+    if "same-forward" in card.tags:
+        assert same([_first(model["one"](*x)).detach()], [before], tolerance=1e-4), "restored, it gives another output"
+    raises(UsageError, lambda: convert_(nn.ModuleDict({"other": nn.Identity()}), layer.options(**options)))
+    raises(UsageError, lambda: convert_(model, layer.options(**options), where="nowhere*"))
+
+
+def lean(card: Card) -> None:
+    """It keeps fewer bytes for the way back than the ordinary layer."""
+    dense, layer, x = _made(card)
+    mine, plain = (kept_bytes(functools.partial(_run, m, x), m).peak_bytes for m in (layer, dense))
+    assert mine < plain, f"{mine} bytes are kept, {plain} by the ordinary layer"
+
+
+EVERY: tuple[Check, ...] = (dtypes, strided, empty, autocast, no_gradients, converts_and_back)
