@@ -32,16 +32,18 @@ def numbers(shape, dtype=torch.float32, device="cpu", seed=0):
 def case(name, n, dtype, device, bits=3, group=64, seed=None):
     """The operator's arguments and its reference's result."""
     x = numbers((n,), dtype if dtype in compiled.NATIVE else torch.float32, device)
+    x[n // 3 : n // 2].relu_()  # some groups begin at 0
+    centred = seed is None and group > 64
     codes = torch.arange(n, device=device).mul(7).to(torch.uint8)
     if name == "pack_bits":
         return stream._pack, stream.pack_bits_reference, (codes, bits)
     if name == "unpack_bits":
         return stream._unpack, stream.unpack_bits_reference, (stream.pack_bits_reference(codes, bits), bits, n)
     if name == "quantise_groups":
-        return groups._quantise, groups.quantise_groups_reference, (x, bits, group, seed)
+        return groups._quantise, groups.quantise_groups_reference, (x, bits, group, seed, centred)
     if name == "dequantise_groups":
-        made = groups.quantise_groups_reference(x, bits, group, seed)
-        return groups._dequantise, groups.dequantise_groups_reference, (*made, n, x.dtype, bits, group)
+        made = groups.quantise_groups_reference(x, bits, group, seed, centred)
+        return groups._dequantise, groups.dequantise_groups_reference, (*made, n, x.dtype, bits, group, centred)
     bits = min(bits, 4)
     if name == "bucketize_pack":
         boundaries = numbers(((1 << bits) - 1,), device=device, seed=1).sort().values
@@ -175,10 +177,36 @@ def test_the_bound_is_close():
 
 
 def test_codes_are_rounded_half_to_even():
-    x = torch.tensor([0.0, 0.5, 1.5, 2.5, 3.0, 1.0, 2.0, 0.25])
+    x = torch.tensor([0.0, 0.5, 1.5, 2.5, 3.0, 1.0, 2.0, 0.25]) - 1
     made = quantise_groups(x, 2, 8)
-    assert made[1].item() == 1 and made[2].item() == 0
+    assert made[1].item() == 1 and made[2].item() == -1
     assert unpack_bits(made[0], 2, 8).tolist() == [0, 0, 2, 2, 3, 1, 2, 0]
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_zeros_and_nothing_else_come_back_as_zeros_where_a_group_begins_at_zero(bits, centred):
+    x = numbers((700,)).relu()
+    made = quantise_groups(x, bits, centred=centred)
+    back = dequantise_groups(*made, x.shape, x.dtype, bits, centred=centred)
+    assert torch.equal(back > 0, x > 0) and torch.equal(back == 0, x == 0)
+    error, s = exact_error(x, back, made[1], 64)
+    assert (error <= s * 0.5001).all()
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_centres_have_a_smaller_step_within_the_same_bound(bits):
+    x = numbers((40, 64)) + 3
+    made = quantise_groups(x, bits, centred=True)
+    error, s = exact_error(x, dequantise_groups(*made, x.shape, x.dtype, bits, centred=True), made[1], 64)
+    assert (error <= s * (0.5 + 4 * 2**bits * 2.0**-24) + 2.0**-24 * x.abs().flatten()).all()
+    low, high = x.double().amin(1), x.double().amax(1)
+    assert (made[1].double() <= (1 + 2.0**-7) * (high - low + 2.0**-7 * low.abs()) / 2**bits * (1 + 2.0**-22)).all()
+
+
+def test_centres_are_for_rounding_to_nearest():
+    with pytest.raises(UsageError, match="seed and centred"):
+        quantise_groups(X, 2, seed=1, centred=True)
 
 
 @pytest.mark.parametrize("value", [0.0, -0.0, 1.5, -3.0e38, 1e-40, 0.1, -0.1, 12345.678])

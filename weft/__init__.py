@@ -10,9 +10,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from weft import claim, data, diagnosis, measure, method, models, processes, rules, session, stages, testing
+    from weft import (
+        claim,
+        convert,
+        data,
+        diagnosis,
+        measure,
+        method,
+        models,
+        processes,
+        rules,
+        session,
+        stages,
+        tape,
+        testing,
+    )
     from weft.claim import Check, check_claims
     from weft.comparison import compare
+    from weft.convert import convert_, restore_
     from weft.errors import DataError, NonFinite, RecipeError, StageError, Unsupported, UsageError, WeftError
     from weft.literature import papers
     from weft.measuring import measure_step
@@ -40,11 +55,13 @@ _WHERE = {
     "card": "weft.method",
     "check_claims": "weft.claim",
     "compare": "weft.comparison",
+    "convert_": "weft.convert",
     "create": "weft.method",
     "fit": "weft.training",
     "measure_step": "weft.measuring",
     "methods": "weft.method",
     "papers": "weft.literature",
+    "restore_": "weft.convert",
     "run": "weft.runs",
     "write_report": "weft.report",
 }
@@ -63,6 +80,8 @@ __all__ = [
     "check_claims",
     "claim",
     "compare",
+    "convert",
+    "convert_",
     "create",
     "data",
     "diagnosis",
@@ -74,10 +93,12 @@ __all__ = [
     "models",
     "papers",
     "processes",
+    "restore_",
     "rules",
     "run",
     "session",
     "stages",
+    "tape",
     "testing",
     "write_report",
 ]

@@ -1,4 +1,4 @@
-"""How often a step goes through a network, counted: forwards, backwards, and products with a weight turned round (public as `weft.measure.passes`)."""
+"""How often a step goes through a network: forwards, backwards, products with a weight turned round."""
 
 from __future__ import annotations
 

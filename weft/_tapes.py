@@ -22,6 +22,7 @@ Hold = Callable[[Tensor, str], Callable[[], None]]
 
 OUTSIDE = "(outside)"  # where a tensor is saved while no module of the model runs: the loss, the caller's own code
 
+
 @dataclass(frozen=True, slots=True)
 class Saved:
     """What a tape is told about a tensor that is about to be kept.

@@ -111,6 +111,7 @@ def convert_(
             swapped.append(name)
     except BaseException:
         for parent, key, child in done:
+            _back(getattr(parent, key))  # gives back what it took, a parameter that it had frozen, say
             setattr(parent, key, child)
         raise
     if not swapped:
@@ -135,12 +136,19 @@ def restore_(model: nn.Module) -> list[str]:
     found = [(name, parent, key, child) for name, parent, key, child in _places(model) if _ORIGINAL in vars(child)]
     for _, _, _, child in found:
         if id(child) not in back:
-            dense = child.to_dense() if isinstance(child, Convertible) else None
-            back[id(child)] = vars(child)[_ORIGINAL] if dense is None else dense
-            back[id(child)].train(child.training)
+            back[id(child)] = _back(child)
     for _, parent, key, child in found:
         setattr(parent, key, back[id(child)])
     return [name for name, *_ in found]
+
+
+def _back(swapped: nn.Module) -> nn.Module:
+    """The ordinary layer of a swapped one."""
+    if _ORIGINAL not in vars(swapped):
+        return swapped
+    dense = swapped.to_dense() if isinstance(swapped, Convertible) else None
+    found = vars(swapped)[_ORIGINAL] if dense is None else dense
+    return found.train(swapped.training)
 
 
 def _places(model: nn.Module) -> list[tuple[str, nn.Module, str, nn.Module]]:

@@ -32,7 +32,13 @@ def measure(
     with quiet_stdout():
         import weft
 
-        how = {"data_dir": data_dir, "at": names(at), "batch_size": batch_size, "seed": seed, "threads": threads}
+        how: dict[str, Any] = {
+            "data_dir": data_dir,
+            "at": names(at),
+            "batch_size": batch_size,
+            "seed": seed,
+            "threads": threads,
+        }
         document = weft.measure_step(model, data, rule, tape=tape, convert=convert or (), **how)
     if as_json:
         print_json(document)

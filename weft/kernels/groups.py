@@ -2,6 +2,12 @@
 
 In a group with minimum l and maximum h, ``zero`` is l rounded down and ``scale`` is (h - zero) / (2^bits - 1) rounded
 up, both to bfloat16, so that the codes' range holds every element: c = round((x - zero) / scale), x' = zero + scale c.
+With ``centred`` the range is cut into 2^bits parts that come back as their centres: scale = (h - zero) / 2^bits,
+c = floor((x - zero) / scale), x' = zero + scale (c + 1/2), a smaller step where bits are few.
+
+A group whose minimum is 0 is cut so above 0 and keeps 0 itself apart, so that zeros and nothing else come back as zeros
+(a ReLU's output says by them where its gradient passes): scale = h / (2^bits - 1), c = ceil(x / scale),
+x' = scale (c - 1/2), or 0. Its ``zero`` is -0. Not so under stochastic rounding, whose levels are the first ones.
 
 Sources: group-wise affine codes with stochastic rounding are those of J. Chen et al., "ActNN: reducing training memory
 footprint via 2-bit activation compressed training", ICML 2021; the rounding of step and minimum is this file's own. The
@@ -30,17 +36,20 @@ WORD = 0xFFFFFFFF
 SMALLEST, LARGEST = 0x00800000, 0x7E800000  # the bits of 2^-126 and 2^126, between which a float32 has a normal inverse
 
 
-def quantise_groups(x: Tensor, bits: int, group: int = 64, seed: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def quantise_groups(
+    x: Tensor, bits: int, group: int = 64, seed: int | None = None, centred: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """Codes of x as `weft.kernels.bits` packs them, and scale and zero of each group of consecutive elements.
 
     With G = ceil(N / group) groups there are ``ceil(N * bits / 8) + 4 G`` bytes. Let x' be what `dequantise_groups`
     returns as float32, s a group's scale, top = 2^bits - 1 and e = 2^-24. Then
 
-    - rounding to nearest (half to even): ``|x - x'| <= s (1/2 + 4 top e) + e |x'|``;
+    - rounding to nearest: ``|x - x'| <= s (1/2 + 4 top e) + e |x'|``;
     - stochastic rounding: ``|x - x'| < s (1 + 4 top e) + e |x'|``, and the mean over seeds is x up to
       ``s (4 top + 1) e + e max|x'|``;
     - ``s <= (1 + 2^-7) (h - l + 2^-7 |l|) / top (1 + 3 e)``, or 2^-126 if that is larger: the step costs as much of the
-      group's range as bfloat16 resolves of its minimum. A group of equal elements that bfloat16 holds is exact.
+      group's range as bfloat16 resolves of its minimum; with ``centred`` the same with 2^bits for top. A group of
+      equal elements that bfloat16 holds and are not positive beside a zero is exact.
 
     The first follows from four facts. The difference x - zero, 1 / s and their product are rounded once each, so the
     quotient v is within 3.01 e of itself; v is at most top (1 + 5.01 e), as s is at most 2 e too small after its own
@@ -56,6 +65,7 @@ def quantise_groups(x: Tensor, bits: int, group: int = 64, seed: int | None = No
         group: elements of a group, a multiple of 8 up to 1024; the last group may have fewer.
         seed: None rounds to nearest; a whole number, stochastically: a code is rounded up with the probability of its
             fraction, by a hash of the seed and the element's index modulo 2^32, the same on every device.
+        centred: levels at the centres of 2^bits equal parts; to nearest only.
 
     Returns:
         The bytes, uint8 ``[ceil(N * bits / 8)]``; scale and zero, bfloat16 ``[G]``.
@@ -67,15 +77,24 @@ def quantise_groups(x: Tensor, bits: int, group: int = 64, seed: int | None = No
     _check(bits, group)
     if seed is not None:
         check_whole("seed", seed, -(1 << 63), (1 << 63) - 1)
+        if centred:
+            raise UsageError("seed and centred: centres are levels for rounding to nearest; leave one of the two out")
     if x.dtype not in NATIVE:
         x = x.float()
-    return _quantise(x.reshape(-1).contiguous(), bits, group, seed)
+    return _quantise(x.reshape(-1).contiguous(), bits, group, seed, centred)
 
 
 def dequantise_groups(
-    codes: Tensor, scale: Tensor, zero: Tensor, shape: Sequence[int], dtype: torch.dtype, bits: int, group: int = 64
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    bits: int,
+    group: int = 64,
+    centred: bool = False,
 ) -> Tensor:
-    """``zero + scale * code`` in ``shape``, computed in float32 and rounded to ``dtype``.
+    """``zero + scale * code`` (or the centres) in ``shape``, computed in float32 and rounded to ``dtype``.
 
     Args:
         codes: the bytes of N elements, uint8.
@@ -84,7 +103,7 @@ def dequantise_groups(
         shape: with N elements.
         dtype: float32, float64, float16 or bfloat16.
         bits: as given to `quantise_groups`.
-        group: as given to `quantise_groups`.
+        group, centred: as given to `quantise_groups`.
 
     Raises:
         UsageError: where these do not fit together.
@@ -99,7 +118,7 @@ def dequantise_groups(
     if scale.shape[0] != count or zero.shape[0] != count:
         raise UsageError(f"{len(scale)} scales, {len(zero)} zeros: {n} elements in groups of {group} have {count} each")
     kept = dtype if dtype in NATIVE else torch.float32
-    out = _dequantise(codes, scale.contiguous(), zero.contiguous(), n, kept, bits, group)
+    out = _dequantise(codes, scale.contiguous(), zero.contiguous(), n, kept, bits, group, centred)
     return out.to(dtype).view(tuple(shape))
 
 
@@ -132,7 +151,9 @@ def uniform_reference(count: int, seed: int, device: torch.device | None = None)
     return ((h ^ h >> 16) >> 8).float() * 2.0**-24
 
 
-def quantise_groups_reference(x: Tensor, bits: int, group: int, seed: int | None) -> tuple[Tensor, Tensor, Tensor]:
+def quantise_groups_reference(
+    x: Tensor, bits: int, group: int, seed: int | None, centred: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """`quantise_groups` in plain torch, for x ``[N]``."""
     n, top = len(x), (1 << bits) - 1
     if n == 0:
@@ -146,14 +167,16 @@ def quantise_groups_reference(x: Tensor, bits: int, group: int, seed: int | None
     bottom = low.view(torch.int32)
     zero = (bottom + (bottom >> 31 & 0xFFFF) & -0x10000).view(torch.float32)
     zero = torch.where(zero == 0, 0.0, zero)
-    step = ((high - zero) / top).view(torch.int32) + 0xFFFF & -0x10000
+    from_zero = (low == 0) & (seed is None)
+    step = ((high - zero) / torch.where(from_zero, top, top + centred)).view(torch.int32) + 0xFFFF & -0x10000
     step = torch.where(step > 0, step.clamp_min(SMALLEST), step)
     good &= step <= LARGEST
     rows, zero = torch.where(good, rows, 0.0), torch.where(good, zero, 0.0)
     scale = torch.where(good, step.view(torch.float32), torch.nan)
     v = (rows - zero) * torch.where(good & (step > 0), 1 / scale, 0.0)
     if seed is None:
-        codes = v.round()
+        codes = torch.where(from_zero, v.ceil(), v.floor() if centred else v.round()).clamp_max(top)
+        zero = torch.where(from_zero & good, -0.0, zero)
     else:
         draws = uniform_reference(rows.numel(), seed, x.device).view_as(v)
         codes = (v.floor() + (draws < v - v.floor())).clamp_max(top)
@@ -162,78 +185,88 @@ def quantise_groups_reference(x: Tensor, bits: int, group: int, seed: int | None
 
 
 def dequantise_groups_reference(
-    codes: Tensor, scale: Tensor, zero: Tensor, n: int, dtype: torch.dtype, bits: int, group: int
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    n: int,
+    dtype: torch.dtype,
+    bits: int,
+    group: int,
+    centred: bool = False,
 ) -> Tensor:
     """`dequantise_groups` in plain torch, ``[n]``."""
     c = unpack_bits_reference(codes, bits, n).float()
     c = torch.cat([c, c.new_zeros(-n % group)]).view(-1, group)
-    return (c * scale.float()[:, None] + zero.float()[:, None]).to(dtype).flatten()[:n].clone()
+    scale, zero = scale.float()[:, None], zero.float()[:, None]
+    from_zero = (zero == 0) & zero.signbit()
+    values = torch.where(from_zero, (c - 0.5).clamp_min(0) * scale, (c + 0.5 * centred) * scale + zero)
+    return values.to(dtype).flatten()[:n].clone()
 
 
-def _empty_codes(x: Tensor, bits: int, group: int, seed: int | None) -> tuple[Tensor, Tensor, Tensor]:
+def _empty_codes(x: Tensor, bits: int, group: int, seed: int | None, centred: bool) -> tuple[Tensor, Tensor, Tensor]:
     packed = x.new_empty(packed_bytes(x.shape[0], bits), dtype=torch.uint8)
     count = (x.shape[0] + group - 1) // group
     return packed, x.new_empty(count, dtype=torch.bfloat16), x.new_empty(count, dtype=torch.bfloat16)
 
 
 def _empty_values(
-    codes: Tensor, scale: Tensor, zero: Tensor, n: int, dtype: torch.dtype, bits: int, group: int
+    codes: Tensor, scale: Tensor, zero: Tensor, n: int, dtype: torch.dtype, bits: int, group: int, centred: bool
 ) -> Tensor:
     return codes.new_empty(n, dtype=dtype)
 
 
-def _quantise_cpu(x: Tensor, bits: int, group: int, seed: int | None) -> tuple[Tensor, Tensor, Tensor]:
+def _quantise_cpu(x: Tensor, bits: int, group: int, seed: int | None, centred: bool) -> tuple[Tensor, Tensor, Tensor]:
     from weft.kernels.cpu import packing as loops
 
-    packed, scale, zero = _empty_codes(x, bits, group, seed)
+    packed, scale, zero = _empty_codes(x, bits, group, seed, centred)
     arrays = (*loops.bits_of(x), packed.numpy(), loops.bits_of(scale)[1], loops.bits_of(zero)[1])
-    rest = bits, group, seed is not None, *map(loops.u32, keys(seed or 0))
+    rest = bits, group, seed is not None, *map(loops.u32, keys(seed or 0)), centred
     unit = loops.BLOCK // group * group
     share(lambda start, stop: loops.quantise(*arrays, *loops.group_scratch(), start, stop, *rest), len(x), unit)
     return packed, scale, zero
 
 
 def _dequantise_cpu(
-    codes: Tensor, scale: Tensor, zero: Tensor, n: int, dtype: torch.dtype, bits: int, group: int
+    codes: Tensor, scale: Tensor, zero: Tensor, n: int, dtype: torch.dtype, bits: int, group: int, centred: bool
 ) -> Tensor:
     from weft.kernels.cpu import packing as loops
 
     out = codes.new_empty(n, dtype=dtype)
     arrays = (codes.numpy(), loops.bits_of(scale)[1], loops.bits_of(zero)[1], *loops.bits_of(out))
     unit = loops.BLOCK // group * group
-    share(lambda start, stop: loops.dequantise(*arrays, *loops.scratch(), start, stop, bits, group), n, unit)
+    share(lambda start, stop: loops.dequantise(*arrays, *loops.scratch(), start, stop, bits, group, centred), n, unit)
     return out
 
 
-def _quantise_cuda(x: Tensor, bits: int, group: int, seed: int | None) -> tuple[Tensor, Tensor, Tensor]:
+def _quantise_cuda(x: Tensor, bits: int, group: int, seed: int | None, centred: bool) -> tuple[Tensor, Tensor, Tensor]:
     from weft.kernels.cuda import packing as loops
 
-    made = _empty_codes(x, bits, group, seed)
+    made = _empty_codes(x, bits, group, seed, centred)
     args = x, made[0], loops.unsigned(made[1]), loops.unsigned(made[2]), *keys(seed or 0)
-    loops.launch_groups(loops.quantise, len(x), group, *args, bits=bits, noisy=seed is not None)
+    loops.launch_groups(loops.quantise, len(x), group, *args, bits=bits, noisy=seed is not None, centred=centred)
     return made
 
 
 def _dequantise_cuda(
-    codes: Tensor, scale: Tensor, zero: Tensor, n: int, dtype: torch.dtype, bits: int, group: int
+    codes: Tensor, scale: Tensor, zero: Tensor, n: int, dtype: torch.dtype, bits: int, group: int, centred: bool
 ) -> Tensor:
     from weft.kernels.cuda import packing as loops
 
     out = codes.new_empty(n, dtype=dtype)
-    loops.launch_groups(loops.dequantise, n, group, codes, scale, zero, out, bits=bits)
+    loops.launch_groups(loops.dequantise, n, group, codes, scale, loops.unsigned(zero), out, bits=bits, centred=centred)
     return out
 
 
 _quantise = operator(
-    "quantise_groups(Tensor x, int bits, int group, int? seed) -> (Tensor, Tensor, Tensor)",
+    "quantise_groups(Tensor x, int bits, int group, int? seed, bool centred) -> (Tensor, Tensor, Tensor)",
     quantise_groups_reference,
     fake=_empty_codes,
     cpu=_quantise_cpu,
     cuda=_quantise_cuda,
 )
 _dequantise = operator(
-    "dequantise_groups(Tensor codes, Tensor scale, Tensor zero, SymInt n, ScalarType dtype, int bits, int group)"
-    " -> Tensor",
+    "dequantise_groups(Tensor codes, Tensor scale, Tensor zero, SymInt n, ScalarType dtype, int bits, int group,"
+    " bool centred) -> Tensor",
     dequantise_groups_reference,
     fake=_empty_values,
     cpu=_dequantise_cpu,

@@ -46,9 +46,11 @@ def _first(out: Any) -> Tensor:
 def _run(layer: nn.Module, x: tuple[Any, ...]) -> list[Tensor]:
     """The output, and the gradients of its mean square by every floating input and parameter."""
     x = tuple(t.detach().requires_grad_(t.is_floating_point()) for t in x)
+    state = copy.deepcopy(layer.state_dict())
     out = _first(layer(*x))
     by = [t for t in (*x, *layer.parameters()) if t.requires_grad]
     grads = torch.autograd.grad(out.float().square().mean(), by, allow_unused=True)
+    layer.load_state_dict(state)  # what it draws next is what it drew now
     return [out.detach(), *(torch.zeros_like(t) if g is None else g for t, g in zip(by, grads, strict=True))]
 
 
@@ -134,7 +136,8 @@ def converts_and_back(card: Card) -> None:
 
 def lean(card: Card) -> None:
     """It keeps fewer bytes for the way back than the ordinary layer."""
-    dense, layer, x = _made(card)
+    _, layer, x = _made(card)
+    dense = copy.deepcopy(card.example().model)
     mine, plain = (kept_bytes(functools.partial(_run, m, x), m).peak_bytes for m in (layer, dense))
     assert mine < plain, f"{mine} bytes are kept, {plain} by the ordinary layer"
 

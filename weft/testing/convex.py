@@ -37,7 +37,7 @@ def dual_bound(x: Any, left: Any, y: Any, beta: float, patterns: Any) -> float:
     Any q with |q'D_i X u| <= beta for all unit u of each cone gives q'y - |q|^2 / 2; the most in a cone is the length
     of the projection of X'D_i q onto it, by nonnegative least squares.
     """
-    from scipy.optimize import nnls  # type: ignore[import-untyped]
+    from scipy.optimize import nnls
 
     most = 1e-9
     for pattern in np.unique(patterns, axis=1).T * 1.0:

@@ -37,12 +37,19 @@ def _first(out: Any) -> Tensor:
     return out[0] if isinstance(out, tuple) else out
 
 
-def _gradients(layer: nn.Module, x: Tensor) -> list[Tensor]:
-    x = x.detach().clone().requires_grad_(x.is_floating_point())
+def _inputs(x: Any) -> tuple[Any, ...]:
+    return x if isinstance(x, tuple) else (x,)
+
+
+def _gradients(layer: nn.Module, x: Any) -> list[Tensor]:
+    x = tuple(t.detach().clone().requires_grad_(t.is_floating_point()) for t in _inputs(x))
     layer.zero_grad(set_to_none=True)
-    _first(layer(x)).square().mean().backward()
-    assert x.grad is None or torch.isfinite(x.grad).all(), "the gradient of the input is not finite"
-    return [p.grad.clone() for p in layer.parameters() if p.grad is not None]
+    state = copy.deepcopy(layer.state_dict())
+    _first(layer(*x)).square().mean().backward()
+    layer.load_state_dict(state)  # what it draws next is what it drew now
+    for t in x:
+        assert t.grad is None or torch.isfinite(t.grad).all(), "the gradient of the input is not finite"
+    return [t.grad.clone() for t in (*x, *layer.parameters()) if t.grad is not None]
 
 
 def trains(card: Card) -> None:
@@ -51,7 +58,8 @@ def trains(card: Card) -> None:
     before, state = snapshot(made.model), torch.get_rng_state()
     dense, layer, x = _made(card, made)
     found = _gradients(layer, x)
-    assert len(found) == sum(p.requires_grad for p in layer.parameters()), "a parameter got no gradient"
+    wanted = sum(p.requires_grad for p in layer.parameters()) + sum(t.is_floating_point() for t in _inputs(x))
+    assert len(found) == wanted, "a parameter got no gradient"
     assert all(torch.isfinite(g).all() for g in found), "a parameter's gradient is not finite"
     assert any(bool(g.any()) for g in found), "every gradient is zero"
     assert same(_gradients(layer, x), found), "the same input gave other gradients"
@@ -67,8 +75,12 @@ def copies(card: Card) -> None:
         for p in layer.parameters():
             p.mul_(0.9)
         other.load_state_dict(layer.state_dict())
-        assert torch.equal(_first(copy.deepcopy(layer)(x)), _first(layer(x))), "a deep copy gives another output"
-        assert torch.equal(_first(other(x)), _first(layer(x))), "with the state loaded, the output is another"
+        assert torch.equal(_first(copy.deepcopy(layer)(*_inputs(x))), _first(layer(*_inputs(x)))), (
+            "a deep copy gives another output"
+        )
+        assert torch.equal(_first(other(*_inputs(x))), _first(layer(*_inputs(x)))), (
+            "with the state loaded, the output is another"
+        )
 
 
 def other_layers(card: Card) -> None:
@@ -80,7 +92,7 @@ def same_forward(card: Card) -> None:
     """The output is that of the ordinary layer, which shares its parameters."""
     dense, layer, x = _made(card)
     with torch.no_grad():
-        assert same([_first(layer(x))], [_first(dense(x))], tolerance=1e-6), "the output is another"
+        assert same([_first(layer(*_inputs(x)))], [_first(dense(*_inputs(x)))], tolerance=1e-6), "the output is another"
     assert {id(p) for p in dense.parameters()} <= {id(p) for p in layer.parameters()}, "the parameters are copies"
 
 

@@ -186,15 +186,16 @@ def write_block(values: Any, full: Any, half: Any, begin: Any, size: Any) -> Non
 
 @kernel(
     "void(int32[::1], uint16[::1], uint8[::1], uint16[::1], uint16[::1], uint8[::1], int32[::1], int32[::1],"
-    "float32[::1], uint64, uint64, uint64, uint64, boolean, uint32, uint32)"
+    "float32[::1], uint64, uint64, uint64, uint64, boolean, uint32, uint32, boolean)"
 )
 def quantise(
     full: Any, half: Any, packed: Any, scales: Any, zeros: Any, codes: Any, values: Any, ends: Any, inverses: Any,
-    start: Any, stop: Any, bits: Any, group: Any, noisy: Any, key: Any, salt: Any,
+    start: Any, stop: Any, bits: Any, group: Any, noisy: Any, key: Any, salt: Any, centred: Any,
 ) -> None:  # fmt: skip
     """Elements ``start .. stop``; ``start`` is a multiple of the block."""
     wide()
     top = i32((ONE << bits) - ONE)
+    parts = i32(top + i32(1)) if centred else top
     last = (stop * bits + SEVEN) // EIGHT
     block = u64(BLOCK) // group * group
     for begin in range(start, stop, block):
@@ -213,19 +214,28 @@ def quantise(
             bottom, peak = i32(low ^ ((low >> SIGN) & MAGNITUDE)), i32(high ^ ((high >> SIGN) & MAGNITUDE))
             below = i32(i32(bottom + i32((bottom >> SIGN) & LOW)) & HIGH)
             zero = as_float(below)
-            step = i32(i32(as_int(f32(f32(as_float(peak) - zero) / f32(top))) + LOW) & HIGH)
+            from_zero = not noisy and (low == i32(0) or low == i32(-1))
+            many = top if from_zero else parts
+            step = i32(i32(as_int(f32(f32(as_float(peak) - zero) / f32(many))) + LOW) & HIGH)
             if step > i32(0):
                 step = max(step, SMALLEST)
             bad = high >= INFINITE or low < i32(-INFINITE) or step > LARGEST
             inverses[g] = f32(0) if bad or step == i32(0) else f32(f32(1) / as_float(step))
             ends[g] = below
             zeros[before + g] = u16(0) if bad or zero == f32(0) else u16(u32(below) >> u32(16))
+            if from_zero and not bad:
+                zeros[before + g] = u16(0x8000)
             scales[before + g] = NAN if bad else u16(u32(step) >> u32(16))
         for g in range(groups):
             zero, inverse, end = as_float(ends[g]), inverses[g], min(g * group + group, size)
             if inverse == f32(0):
                 for j in range(g * group, end):
                     codes[j] = u8(0)
+            elif zeros[before + g] == u16(0x8000):
+                for j in range(g * group, end):
+                    v = f32(as_float(values[j]) - zero) * inverse
+                    code = i32(v)
+                    codes[j] = u8(min(i32(code + i32(f32(code) < v)), top))
             elif noisy:
                 for j in range(g * group, end):
                     h = u32(u32(begin + j) ^ key)
@@ -237,6 +247,9 @@ def quantise(
                     code = i32(v)
                     more = f32(i32(h >> u32(8))) * f32(2.0**-24) < f32(v - f32(code))
                     codes[j] = u8(min(i32(code + i32(more)), top))
+            elif centred:
+                for j in range(g * group, end):
+                    codes[j] = u8(min(i32(f32(as_float(values[j]) - zero) * inverse), top))
             else:
                 for j in range(g * group, end):
                     v = f32(as_float(values[j]) - zero) * inverse
@@ -246,23 +259,29 @@ def quantise(
 
 @kernel(
     "void(uint8[::1], uint16[::1], uint16[::1], int32[::1], uint16[::1], uint8[::1], int32[::1],"
-    "uint64, uint64, uint64, uint64)"
+    "uint64, uint64, uint64, uint64, boolean)"
 )
 def dequantise(
     packed: Any, scales: Any, zeros: Any, full: Any, half: Any, codes: Any, values: Any,
-    start: Any, stop: Any, bits: Any, group: Any,
+    start: Any, stop: Any, bits: Any, group: Any, centred: Any,
 ) -> None:  # fmt: skip
     """Elements ``start .. stop``; ``start`` is a multiple of the block."""
     wide()
     block = u64(BLOCK) // group * group
+    half_step = f32(0.5) if centred else f32(0)
     for begin in range(start, stop, block):
         size = min(block, stop - begin)
         unpack_block(packed, begin // EIGHT * bits, codes, size, bits)
         for g in range((size + group - ONE) // group):
             scale = as_float(i32(u32(scales[begin // group + g]) << u32(16)))
             zero = as_float(i32(u32(zeros[begin // group + g]) << u32(16)))
-            for j in range(g * group, min(g * group + group, size)):
-                values[j] = as_int(f32(f32(f32(codes[j]) * scale) + zero))
+            end = min(g * group + group, size)
+            if zeros[begin // group + g] == u16(0x8000):
+                for j in range(g * group, end):
+                    values[j] = as_int(f32(max(f32(0), f32(f32(codes[j]) - f32(0.5))) * scale))
+            else:
+                for j in range(g * group, end):
+                    values[j] = as_int(f32(f32(f32(f32(codes[j]) + half_step) * scale) + zero))
         write_block(values, full, half, begin, size)
 
 

@@ -74,7 +74,7 @@ def unpack(packed: Any, codes: Any, n: Any, bits: tl.constexpr, tile: tl.constex
 @triton.jit(do_not_specialize=["key", "salt"])
 def quantise(
     x: Any, packed: Any, scales: Any, zeros: Any, key: Any, salt: Any, n: Any, group: Any,
-    bits: tl.constexpr, noisy: tl.constexpr, rows: tl.constexpr, words: tl.constexpr,
+    bits: tl.constexpr, noisy: tl.constexpr, centred: tl.constexpr, rows: tl.constexpr, words: tl.constexpr,
 ) -> None:  # fmt: skip
     """``scales`` and ``zeros`` are bits of bfloat16; ``key`` and ``salt`` are int64, of which the low half counts."""
     g = tl.program_id(0).to(tl.int64) * rows + tl.arange(0, rows)
@@ -91,14 +91,19 @@ def quantise(
     below = (bottom + ((bottom >> 31) & 0xFFFF)) & -0x10000
     zero = below.to(tl.float32, bitcast=True)
     top: tl.constexpr = (1 << bits) - 1
-    quotient = tl.div_rn(peak.to(tl.float32, bitcast=True) - zero, zero * 0 + top)
+    from_zero = (low == 0) | (low == -1)
+    if noisy:
+        from_zero = low != low
+    parts = tl.where(from_zero, zero * 0 + top, zero * 0 + (top + 1 if centred else top))
+    quotient = tl.div_rn(peak.to(tl.float32, bitcast=True) - zero, parts)
     step = (quotient.to(tl.int32, bitcast=True) + 0xFFFF) & -0x10000
     step = tl.where(step > 0, tl.maximum(step, 0x00800000), step)
     bad = (high >= 0x7F800000) | (low < -0x7F800000) | (step > 0x7E800000)
     none = bad | (step == 0)
     inverse = tl.div_rn(tl.full([rows], 1.0, tl.float32), tl.where(none, 0x3F800000, step).to(tl.float32, bitcast=True))
     count = (n + group - 1) // group
-    tl.store(zeros + g, tl.where(bad | (zero == 0), 0, below >> 16).to(tl.int16), mask=g < count)
+    start = tl.where(bad | (zero == 0), 0, below >> 16)
+    tl.store(zeros + g, tl.where(from_zero & (bad == 0), -0x8000, start).to(tl.int16), mask=g < count)
     tl.store(scales + g, tl.where(bad, 0x7FC0, step >> 16).to(tl.int16), mask=g < count)
     t = (value - zero[:, None, None]) * inverse[:, None, None]
     if noisy:
@@ -109,7 +114,10 @@ def quantise(
         code = t.to(tl.int32)
         code = tl.minimum(code + (draw < t - code.to(tl.float32)).to(tl.int32), top)
     else:
-        code = (t + 8388608.0).to(tl.int32, bitcast=True) & 255
+        down = t.to(tl.int32)
+        near = tl.minimum(down, top) if centred else (t + 8388608.0).to(tl.int32, bitcast=True) & 255
+        up = tl.minimum(down + (down.to(tl.float32) < t).to(tl.int32), top)
+        code = tl.where(from_zero[:, None, None], up, near)
     code = tl.where(used & (none == 0)[:, None, None], code, 0)
     word = g[:, None] * (group // 8) + tl.arange(0, words)[None, :]
     _write(packed, code, word, (tl.arange(0, words) * 8 < group)[None, :] & (word * 8 < n), n, bits)
@@ -118,17 +126,22 @@ def quantise(
 @triton.jit
 def dequantise(
     packed: Any, scales: Any, zeros: Any, out: Any, n: Any, group: Any,
-    bits: tl.constexpr, rows: tl.constexpr, words: tl.constexpr,
+    bits: tl.constexpr, centred: tl.constexpr, rows: tl.constexpr, words: tl.constexpr,
 ) -> None:  # fmt: skip
+    """``zeros`` are bits of bfloat16."""
     g = tl.program_id(0).to(tl.int64) * rows + tl.arange(0, rows)
     word = g[:, None] * (group // 8) + tl.arange(0, words)[None, :]
     used = (tl.arange(0, words) * 8 < group)[None, :] & (word * 8 < n)
     code = _read(packed, word, used, n, bits)
     count = (n + group - 1) // group
     scale = tl.load(scales + g, mask=g < count, other=0.0).to(tl.float32)[:, None, None]
-    zero = tl.load(zeros + g, mask=g < count, other=0.0).to(tl.float32)[:, None, None]
+    zero = tl.load(zeros + g, mask=g < count, other=0).to(tl.int32)[:, None, None]
+    from_zero = (zero & 0xFFFF) == 0x8000
+    zero = (zero << 16).to(tl.float32, bitcast=True)
     at = word[:, :, None] * 8 + tl.arange(0, 8)[None, None, :]
-    value = code.to(tl.float32) * scale + zero
+    steps = code.to(tl.float32)
+    above = tl.maximum(steps - 0.5, 0.0) * scale
+    value = tl.where(from_zero, above, (steps + (0.5 if centred else 0.0)) * scale + zero)
     tl.store(out + at, value.to(out.dtype.element_ty), mask=used[:, :, None] & (at < n))
 
 

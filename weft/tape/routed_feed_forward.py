@@ -1,0 +1,176 @@
+"""Give each token a few blocks of a feed-forward layer, chosen and weighted by a router.
+
+Hidden units are cut into G blocks; W1_g, b1_g are their rows of the first layer, W2_g their columns of the second:
+
+    r = sigmoid(W_r x + b_r) in R^G,   S = the a largest of r
+    y = b2 + sum_{g in S} 2 r_g W2_g act(2 r_g W1_g x + b1_g)
+
+Tokens are gathered by block, so that products are done, and hidden units kept, for a / G of the layer. By the factors
+2 r_g the router gets its gradient; where r = 1/2 and every block is active, y is the dense layer's. The authors' code
+has four blocks, two of them active, and the factors on the products of the frozen layers, not of the low-rank adapters
+that it adds (adapters are other methods here). Here the factor leaves the bias b1 as it is.
+
+Paper: "SPT: Fine-Tuning Transformer-based Language Models Efficiently with Sparsification", Yuntao Gui, Xiao Yan,
+Peiqi Yin, Han Yang, James Cheng, 2023, arXiv:2312.10365.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from weft.claim import Check, claim
+from weft.convert import Convertible
+from weft.errors import Unsupported, UsageError
+from weft.measure import operations
+from weft.method import method
+from weft.ops.token_layers import POINTWISE
+from weft.testing.example import Example
+
+
+def routed(
+    x: Tensor,
+    first: nn.Linear,
+    act: Callable[[Tensor], Tensor],
+    second: nn.Linear,
+    scores: Tensor,
+    active: int,
+) -> Tensor:
+    """``[N, D] -> [N, D']`` through the ``active`` blocks with the largest of the scores ``[N, G]``, each in (0, 1)."""
+    blocks = scores.shape[1]
+    with torch.no_grad():
+        on = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, scores.topk(active, sorted=False).indices, True)
+    biases = (None,) * blocks if first.bias is None else first.bias.chunk(blocks)
+    weights = zip(first.weight.chunk(blocks), biases, second.weight.chunk(blocks, 1), strict=True)
+    out: Tensor | None = None
+    for g, (up, bias, down) in enumerate(weights):
+        rows = on[:, g].nonzero().squeeze(1)
+        factor = 2 * scores[rows, g, None]
+        h = factor * F.linear(x[rows], up)
+        h = act(h if bias is None else h + bias.to(h.dtype))
+        part = factor * F.linear(h, down)
+        out = part.new_zeros(len(x), down.shape[0]) if out is None else out
+        out = out.index_add(0, rows, part)
+    assert out is not None
+    return out if second.bias is None else out + second.bias.to(out.dtype)
+
+
+@method("routed-feed-forward", contract="layer", family="tape", papers=[214], tags={"lean"})
+class RoutedFeedForward(Convertible):
+    """An ``nn.Sequential(nn.Linear, activation, nn.Linear)`` of which each token takes ``active`` of ``blocks`` blocks.
+
+    Its output is near the ordinary layer's only after training; the layer's parameters stay shared, the router's are
+    new: random weights as torch's linear layers have them, no bias at first.
+
+    Args:
+        layer: hidden units a multiple of ``blocks``, an elementwise activation without parameters.
+        blocks: G.
+        active: a, from 1 to G.
+        seed: of the router's weights.
+
+    Raises:
+        Unsupported: for other layers.
+        UsageError: for numbers that do not fit.
+    """
+
+    converts = (nn.Sequential,)
+
+    def __init__(self, layer: nn.Module, *, blocks: int = 4, active: int = 2, seed: int = 0) -> None:
+        super().__init__()
+        parts: list[Any] = list(layer) if type(layer) is nn.Sequential else []
+        shape = len(parts) == 3 and type(parts[0]) is type(parts[2]) is nn.Linear and type(parts[1]) in POINTWISE
+        if not shape:
+            raise Unsupported(f"{layer} is not divided into blocks", "nn.Sequential(nn.Linear, nn.GELU(), nn.Linear)")
+        first = parts[0]
+        if not 1 <= active <= blocks or first.out_features % blocks:
+            raise UsageError(f"active={active!r} of blocks={blocks!r} for {first.out_features} hidden units")
+        self.layers, self.active = layer, active
+        self.router = nn.Linear(first.in_features, blocks, device="meta")
+        start = torch.rand(blocks, first.in_features, generator=torch.Generator().manual_seed(seed))
+        self.router.weight = nn.Parameter(((2 * start - 1) * first.in_features**-0.5).to(first.weight))
+        self.router.bias = nn.Parameter(first.weight.new_zeros(blocks))
+
+    @classmethod
+    def from_dense(cls, layer: nn.Module, **options: Any) -> RoutedFeedForward:
+        """The layer with a router before it."""
+        return cls(layer, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., D] -> [..., D']``."""
+        parts: Any = self.layers
+        first, act, second = parts
+        flat = x.reshape(-1, x.shape[-1])
+        out = routed(flat, first, act, second, self.router(flat).sigmoid(), self.active)
+        return out.view(*x.shape[:-1], -1) if out.numel() else out.view(*x.shape[:-1], second.out_features)
+
+
+def example() -> Example:
+    """Eight hidden units in four blocks, and six sequences of five tokens."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layer, x = nn.Sequential(nn.Linear(3, 64), nn.GELU(), nn.Linear(64, 3)), torch.randn(6, 5, 3)
+    return Example(layer, x, torch.arange(6) % 2)
+
+
+@claim(
+    "outputs and gradients, the router's too, are those of the equation over masked dense blocks to 1e-9 in float64; "
+    "with every block active and an indifferent router they are the dense layer's",
+    row=214,
+    mutants={
+        "smallest chosen": ("scores.topk(active, sorted=False)", "(-scores).topk(active, sorted=False)"),
+        "one block too few": ("scores.topk(active,", "scores.topk(max(active - 1, 1),"),
+        "factor on one product": ("part = factor * F.linear(h, down)", "part = F.linear(h, down)"),
+        "bias in the factor": ("h = factor * F.linear(x[rows], up)", "h = factor * F.linear(x[rows], up, bias) - bias"),
+        "factor untrained": ("2 * scores[rows, g, None]", "(scores + scores.detach())[rows, g, None]"),
+        "last bias for each block": ("F.linear(h, down)", "F.linear(h, down, second.bias)"),
+        "factor not twice": ("factor = 2 * scores", "factor = scores"),
+    },
+)
+def masked_blocks(seed: int) -> list[Check]:
+    """Largest relative error; G from 2 to 4, every number of active blocks."""
+    torch.manual_seed(seed)
+    blocks, width = 2 + seed % 3, 2 + seed % 2
+    dense = nn.Sequential(nn.Linear(4, blocks * width), nn.Tanh(), nn.Linear(blocks * width, 3)).double()
+    x, errors = torch.randn(7, 2, 4, dtype=torch.float64, requires_grad=True), torch.randn(7, 2, 3).double()
+    layers: list[Any] = list(dense)
+    first, second, checks = layers[0], layers[2], list[Check]()
+    for active in range(1, blocks + 1):
+        layer = RoutedFeedForward.from_dense(dense, blocks=blocks, active=active, seed=seed)
+        leaves = [x, *layer.parameters()]
+        r = torch.sigmoid(torch.einsum("btd,gd->btg", x, layer.router.weight) + layer.router.bias)
+        least = r.sort(-1, descending=True).values[..., active - 1 : active]
+        factor = (2 * r * (r >= least).detach()).repeat_interleave(width, -1)
+        hidden = torch.tanh(factor * (x @ first.weight.T) + first.bias)
+        plain = (factor * hidden) @ second.weight.T + second.bias
+        wanted, found = ([y, *torch.autograd.grad(y, leaves, errors)] for y in (plain, layer(x)))
+        worst = max(float(((a - b).abs().max() / b.abs().max()).detach()) for a, b in zip(found, wanted, strict=True))
+        checks.append(Check(worst, 1e-9, what=f"{active} of {blocks}"))
+    nn.init.zeros_(layer.router.weight)
+    leaves = [x, *dense.parameters()]
+    wanted, found = ([y, *torch.autograd.grad(y, leaves, errors)] for y in (dense(x), layer(x)))
+    worst = max(float((a - b).detach().abs().max()) for a, b in zip(found, wanted, strict=True))
+    return [*checks, Check(worst, 1e-9, what="all blocks, indifferent router")]
+
+
+@claim(
+    "with half of the blocks active the products of both passes take half of the dense layer's operations, beside the "
+    "router's",
+    row=214,
+    mutants={
+        "all computed": ("rows = on[:, g].nonzero().squeeze(1)", "rows = torch.arange(len(x))"),
+        "one more active": ("scores.topk(active,", "scores.topk(active + 1,"),
+    },
+)
+def half_the_products(seed: int) -> list[Check]:
+    """Operations of matrix products, for inputs that need a gradient themselves."""
+    torch.manual_seed(seed)
+    d, wide, tokens = 3 + seed % 4, 8 * (2 + seed % 3), 10 + seed % 9
+    dense = nn.Sequential(nn.Linear(d, wide), nn.GELU(), nn.Linear(wide, d))
+    layer, x = RoutedFeedForward.from_dense(dense, seed=seed), torch.randn(tokens, d, requires_grad=True)
+    mine = operations(lambda: layer(x).sum().backward())["total"]
+    plain = operations(lambda: dense(x).sum().backward())["total"]
+    return [Check(mine, plain / 2 + 3 * 2 * tokens * d * 4, "==", "operations")]
