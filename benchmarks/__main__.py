@@ -12,10 +12,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import loop, memory, mnist, peers, steps
+from benchmarks import loop, memory, mnist, peers, steps, tapes
 from weft import measure
 
 PARTS = {"steps": steps.run, "memory": memory.run, "loop": loop.run, "mnist": mnist.run, "peers": peers.run}
+PARTS["tapes"] = tapes.run
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -206,3 +206,21 @@ def test_a_session_enters_and_leaves_its_tape():
     with pytest.raises(weft.WeftError, match="not now"), (first | Refuses()).on(net):
         pass
     assert first.inside == 0 and not any(m._forward_hooks for m in net.modules())
+
+
+def test_tapes_for_different_modules():
+    net, x = model(), torch.randn(900, 4)
+    wanted = torch.autograd.grad(net(x).square().mean(), list(net.parameters()))
+    tape = read_tape("quantise:bits=8,where=0 3; offload:least_bytes=0,where=2")
+    assert not tape.exact and str(tape) == "Quantise(bits=8) in 0 3; Offload in 2"
+    with tape.on(net) as session:
+        loss = net(x).square().mean()
+        held = session.by_module
+        found = torch.autograd.grad(loss, list(net.parameters()))
+    assert held["1"] == 900 * 6 * 4, "what no route matches is kept as it is"
+    for a, b in zip(found, wanted, strict=True):
+        assert (a - b).norm() <= 0.02 * b.norm()
+    with pytest.raises(UsageError, match="where='9' matches no module"), read_tape("offload:where=9").on(net):
+        pass
+    with pytest.raises(UsageError, match="needs where="):
+        read_tape("quantise; offload:where=0")

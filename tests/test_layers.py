@@ -17,13 +17,14 @@ LAYERS = [  # each may import those above it in this list, and its own
     {"cards"},
     {"method"},
     {"claim", "mutants"},
-    {"boundaries", "calls", "session", "_ledger", "_keeping", "_tapes"},
+    {"boundaries", "calls", "session", "_ledger", "_keeping", "_tapes", "_composed"},
     {"stages", "convert"},
     {"measure", "_profile", "_passes", "_reports", "ops", "models", "data", "specs"},
     {"testing"},
     FAMILIES,
     {"recipe", "runs", "folders", "training", "stepping", "evaluation", "optimizers", "processes", "curves"}
-    | {"literature", "measuring", "diagnosis", "comparison", "_runner", "plan", "report", "stubs"},
+    | {"literature", "measuring", "diagnosis", "comparison", "_runner", "report", "stubs", "integrations"}
+    | {"planning", "_probes", "_choices", "_explaining"},
     {"cli", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -163,3 +163,55 @@ def test_options_that_do_not_fit(call, dense):
     with pytest.raises(UsageError):
         call(dense)
     assert dense.weight.requires_grad
+
+
+@each
+def test_a_frozen_layer_stays_frozen(made, dense):
+    dense.requires_grad_(False)
+    model = nn.Sequential(dense)
+    convert_(model, made)
+    x = inputs(6, 16).requires_grad_()
+    model(x).sum().backward()
+    assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
+    restore_(model)
+    assert not dense.weight.requires_grad
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "rademacher", "dct"])
+def test_a_sketch_of_no_rows_and_of_another_seed(kind, dense):
+    x, grads = inputs(64, 16), []
+    for seed in (0, 0, 1):
+        layer = weft.tape.RandomisedLinear(dense, kind=kind, seed=seed)
+        grads.append(torch.autograd.grad(layer(x).square().sum(), dense.weight)[0])
+    assert torch.equal(grads[0], grads[1]) and not torch.allclose(grads[0], grads[2])
+    for shape in ((0, 16), (3, 0, 16)):
+        assert not torch.autograd.grad(layer(inputs(*shape)).sum(), dense.weight)[0].any()
+
+
+@each
+def test_a_resumed_run_goes_on_bit_for_bit(made):
+    xs = inputs(12, 24, 16)
+
+    def net():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 1))
+        convert_(model, made, where="0")
+        return model, torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
+
+    def train(model, optimizer, batches):
+        for x in batches:
+            optimizer.zero_grad()
+            for part in x.split(12):
+                model(part).square().mean().backward()
+            optimizer.step()
+        return model.state_dict()
+
+    wanted = train(*net(), xs)
+    first = net()
+    states = copy.deepcopy((train(*first, xs[:7]), first[1].state_dict()))
+    second = net()
+    for part, state in zip(second, states, strict=True):
+        part.load_state_dict(state)
+    found = train(*second, xs[7:])
+    assert all(torch.equal(found[key], value) for key, value in wanted.items())

@@ -10,6 +10,7 @@ from weft.ops.silo import Silo
 from weft.session import kept
 from weft.tape.division import Division
 from weft.tape.gradient_cache import gradient_cache
+from weft.tape.mini_sequence import MiniSequence, chunked_cross_entropy
 from weft.tape.reversible_pyramid import reversible_pyramid
 
 
@@ -98,3 +99,84 @@ def test_bad_input():
         reversible_pyramid([nn.Linear(2, 2)], *levels)
     with pytest.raises(UsageError, match="2 levels"):
         Silo((4,))
+
+
+class Scaled(nn.Module):
+    """Rows of which the second input is not differentiated, times a number."""
+
+    def forward(self, x, y, scale):
+        return scale * (x + y.detach())
+
+
+def test_inputs_of_no_dimension_and_inputs_without_gradient():
+    x, y, scale = (torch.rand(shape).requires_grad_() for shape in ((7, 3), (7, 3), ()))
+    found = torch.autograd.grad(gradient_cache(Scaled(), (x, y, scale), torch.sum, chunk=2), (x, y, scale))
+    wanted = scale.expand(7, 3), torch.zeros(7, 3), (x + y).sum()
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_an_encoder_that_cannot_be_run_again_raises():
+    x = torch.randn(6, 4)
+    with pytest.raises(Unsupported, match="in place"):  # twice through an ELU is not once
+        MiniSequence(nn.Sequential(nn.ELU(inplace=True), nn.Linear(4, 2)))(x)
+    with pytest.raises(DataError, match="rows"):
+        gradient_cache(nn.Flatten(0), x, torch.sum, chunk=2)
+    layer = MiniSequence(nn.Sequential(nn.Linear(4, 2)))
+    given = {name: p.detach().requires_grad_() for name, p in layer.named_parameters()}
+    loss = torch.func.functional_call(layer, given, (x,)).sum()
+    with pytest.raises(UsageError, match="functional_call"):
+        loss.backward()
+
+
+def test_models_of_inference_mode():
+    with torch.inference_mode():
+        f = nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2)).eval()
+        assert torch.equal(gradient_cache(f, torch.ones(4, 4), torch.sum, chunk=2), f(torch.ones(4, 4)).sum())
+
+
+@pytest.mark.parametrize("ignored", [-100, 0])
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16, "autocast"])
+def test_loss_of_a_head_with_a_bias(kind, ignored):
+    """Gradients beside float64's; in half types the sums over chunks are in float32."""
+    generator, cast = torch.Generator().manual_seed(0), kind == "autocast"
+    dtype = torch.float32 if cast else kind
+    h, w, b = (torch.randn(s, generator=generator).to(dtype).requires_grad_() for s in ((512, 8), (5, 8), (5,)))
+    labels = torch.randint(5, (512,), generator=generator).where(torch.rand(512, generator=generator) < 0.7, ignored)
+    with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+        loss = chunked_cross_entropy(h, w, labels, b, chunks=128, ignore_index=ignored)
+    assert loss.dtype == torch.promote_types(dtype, torch.float32)
+    exact = [t.detach().double().requires_grad_() for t in (h, w, b)]
+    plain = F.cross_entropy(F.linear(*exact), labels, ignore_index=ignored)
+    found, wanted = torch.autograd.grad(loss, (h, w, b)), torch.autograd.grad(plain, exact)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=cast):
+        logits = F.linear(h, w, b).to(loss.dtype)
+    assert abs(float(loss.detach() - F.cross_entropy(logits, labels, ignore_index=ignored))) < 1e-5
+    for a, c in zip(found, wanted, strict=True):
+        assert float((a - c).norm() / c.norm()) < (1e-12 if kind == torch.float64 else 0.01)
+
+
+def test_loss_without_labels_has_gradients_of_zero():
+    h, w = torch.randn(4, 3).requires_grad_(), torch.randn(5, 3).requires_grad_()
+    loss = chunked_cross_entropy(h, w, torch.full((4,), -100), chunks=2)
+    assert loss.isnan()
+    assert not any(bool(g.any()) for g in torch.autograd.grad(loss, (h, w)))
+
+
+class Counted(nn.Linear):
+    """A linear layer times the number of its calls, which it counts in place."""
+
+    def __init__(self):
+        super().__init__(4, 2)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x) * self.calls.item()
+
+
+def test_buffers_changed_in_place():
+    f, x = Counted(), torch.ones(6, 4)
+    (found,) = torch.autograd.grad(gradient_cache(f, x, torch.sum, chunk=2), f.bias)
+    assert found.tolist() == [2 * (1 + 2 + 3)] * 2
+    assert f.calls == 3

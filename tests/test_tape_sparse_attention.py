@@ -6,6 +6,7 @@ from torch import nn
 
 import weft
 from weft.convert import convert_
+from weft.ops import product_codes
 from weft.ops.product_codes import chosen, codebook_loss
 from weft.tape import SparseAttention
 
@@ -49,3 +50,38 @@ def test_a_fitted_codebook_finds_more_weight_than_a_random_one():
     sparse.fit_codebook(x)
     assert found() > before and found() > 0.5, "an eighth of the keys has most of the weight"
     assert float(codebook_loss(q, sparse.codebook)) < lost
+
+
+def test_blocks_of_queries_do_not_change_what_is_chosen(monkeypatch):
+    torch.manual_seed(0)
+    q, k, codebook = torch.randn(2, 2, 30, 4), torch.randn(2, 2, 30, 4), torch.randn(2, 4, 2)
+    wanted = [chosen(q, k, codebook, 4, causal) for causal in (False, True)]
+    monkeypatch.setattr(product_codes, "BLOCK", 7)
+    for causal in (False, True):
+        assert torch.equal(chosen(q, k, codebook, 4, causal), wanted[causal])
+
+
+def test_many_queries_look_at_keys_of_another_sequence_and_never_at_padding():
+    torch.manual_seed(0)
+    layer = nn.MultiheadAttention(8, 2, batch_first=True)
+    x, keys, values, padding = (
+        torch.randn(2, 90, 8),
+        torch.randn(2, 9, 8),
+        torch.randn(2, 9, 8),
+        torch.zeros(2, 9).bool(),
+    )
+    padding[0, :4] = padding[1, 5:] = True
+    few = SparseAttention.from_dense(layer, codeword=4)  # 2 of 9 keys
+    shapes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(t.shape) or t, lambda t: t):
+        out, _ = few(x, keys, values, key_padding_mask=padding)
+    assert (2, 2, 90, 2) in shapes and torch.isfinite(out).all()
+    changed = keys.masked_fill(padding[..., None], 7.0), values.masked_fill(padding[..., None], 7.0)
+    torch.testing.assert_close(few(x, *changed, key_padding_mask=padding)[0], out)
+    full = SparseAttention.from_dense(layer, codeword=4, keep=1.0)
+    with torch.no_grad():
+        layer.in_proj_weight[:16] *= 5  # logits above 10
+    wanted = layer(x, keys, values, key_padding_mask=padding)[0]
+    torch.testing.assert_close(full(x, keys, values, key_padding_mask=padding)[0], wanted)
+    alone, _ = full(x[0], keys[0], values[0], key_padding_mask=padding[0])
+    torch.testing.assert_close(alone, wanted[0])

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import weft
+from weft.ops.pipeline import simulate
 from weft.tape import TwoStage
 from weft.tape.two_stage import deferred
 
@@ -187,3 +188,38 @@ def test_each_kind_of_layer_split_and_not(layer, x):
     torch.testing.assert_close([t.grad for t in leaves], list(wanted))
     if double and x.numel():
         torch.autograd.gradgradcheck(split, x)
+
+
+def test_frozen_parameters_hold_nothing_that_nobody_needs():
+    layer, x = small()
+    layer.weight.requires_grad_(False)
+    with deferred() as later:
+        (layer(x) * torch.ones(4, 2)).sum().backward()
+    assert later.nbytes == 4 * 2 * 4, "the output gradient alone"
+    later.finish()
+    assert layer.weight.grad is None and torch.equal(layer.bias.grad, torch.full((2,), 4.0))
+    layer.weight.requires_grad_(True)
+    layer.bias.requires_grad_(False)
+    with deferred() as later:
+        layer(x).sum().backward()
+    later.finish()
+    assert torch.equal(layer.bias.grad, torch.full((2,), 4.0))
+    torch.testing.assert_close(layer.weight.grad, x.sum(0).expand(2, 3))
+
+
+def test_what_is_held_keeps_no_graph_and_calls_of_other_lengths_are_not_joined():
+    layer, x = small()
+    given, seen = x.requires_grad_() * 2, []
+    layer.weight.register_hook(lambda grad: seen.append(grad))
+    with deferred() as later:
+        (layer(given).sum() + layer(given.view(2, 2, 3)).sum() + layer(given.view(1, 4, 3)).sum()).backward()
+    assert all(held.grad_fn is None for _, _, held, *_ in later._held)
+    later.finish(joined=True)
+    assert [grad is None or grad.requires_grad for grad in seen] == [True, False, False, False]
+    torch.testing.assert_close(layer.weight.grad, 6 * x.detach().sum(0).expand(2, 3))
+
+
+def test_batches_whose_weight_gradients_wait():
+    assert simulate("1f1b", 4, 4, split="last").held == (4, 4, 4, 4)
+    assert simulate("1f1b", 4, 8, split="fill").held == (5, 6, 7, 8)
+    assert simulate("1f1b", 4, 8).held == (0, 0, 0, 0) and simulate("1f1b", 4, 8).fraction == 36 / (4 * 33)

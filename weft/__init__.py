@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from weft.literature import papers
     from weft.measuring import measure_step
     from weft.method import card, create, methods
+    from weft.planning import plan, plan_step
     from weft.recipe import Recipe
     from weft.report import write_report
     from weft.runs import run
@@ -61,6 +62,8 @@ _WHERE = {
     "measure_step": "weft.measuring",
     "methods": "weft.method",
     "papers": "weft.literature",
+    "plan": "weft.planning",
+    "plan_step": "weft.planning",
     "restore_": "weft.convert",
     "run": "weft.runs",
     "write_report": "weft.report",
@@ -92,6 +95,8 @@ __all__ = [
     "methods",
     "models",
     "papers",
+    "plan",
+    "plan_step",
     "processes",
     "restore_",
     "rules",

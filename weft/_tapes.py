@@ -5,14 +5,11 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
-
-from weft._ledger import Ledger
-from weft.errors import WeftError
 
 if TYPE_CHECKING:
     from weft.session import Session
@@ -36,6 +33,7 @@ class Saved:
         numel: number of elements.
         statistic: True for numbers that sum up the rows of a tensor saved just before: a normalisation's mean and
             deviation, attention's log-sum-exp. Few bytes, on which the whole backward pass of that operation rests.
+        inside: names of the modules that are running, from the outermost to `module`.
         part: True for a tensor that an earlier tape of a composition left, not one of the model's own.
     """
 
@@ -46,6 +44,7 @@ class Saved:
     producer: str | None
     numel: int
     statistic: bool = False
+    inside: tuple[str, ...] = ()
     part: bool = False
 
 
@@ -83,12 +82,14 @@ class Tape(ABC):
             the tape answers for; 0 where it is exact. The contract's checks hold it to that.
         clock: a number that a training loop sets to its step, so that what a tape draws at random depends on the
             step and not on what ran before; else it counts the sessions.
+        patterns: globs of modules that the tape chooses by; each must match a module of the session's model.
     """
 
     exact: bool = False
     terminal: bool = False
     error: float = 0.0
     clock: int = 0
+    patterns: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return type(self).__name__
@@ -134,6 +135,8 @@ class Tape(ABC):
         """
         if not isinstance(other, Tape):
             return NotImplemented
+        from weft._composed import Composition  # it is built on this contract
+
         return Composition(self, other)
 
     def on(self, model: nn.Module, where: str | Iterable[str] | None = None) -> Session:
@@ -169,91 +172,3 @@ class Reference(Tape):
 
     def bytes(self, shape: torch.Size, dtype: torch.dtype) -> int:
         return math.prod(shape) * dtype.itemsize
-
-
-class Composition(Tape):
-    """First ``left``, then ``right`` on each tensor that ``left`` keeps and ``right`` takes."""
-
-    def __init__(self, left: Tape, right: Tape) -> None:
-        self.left, self.right = left, right
-        self.exact = left.exact and right.exact
-        self.terminal = right.terminal
-        self.error = left.error + right.error
-        if left.terminal:
-            raise self._nothing_left()
-
-    def __str__(self) -> str:
-        return f"{self.left} | {self.right}"
-
-    @property
-    def clock(self) -> int:
-        return self.left.clock
-
-    @clock.setter
-    def clock(self, step: int) -> None:
-        self.left.clock = self.right.clock = step
-
-    def enter(self, hold: Hold) -> None:
-        self.left.enter(hold)
-        try:
-            self.right.enter(hold)
-        except BaseException:
-            self.left.leave()
-            raise
-
-    def leave(self) -> None:
-        try:
-            self.right.leave()
-        finally:
-            self.left.leave()
-
-    def _nothing_left(self) -> WeftError:
-        left, right = self.left, self.right
-        return WeftError(
-            f"{left} | {right}: {left} keeps no tensors, so {right} would pack nothing. Tapes pack from left to right: "
-            f"put the one that keeps no tensors last, {right} | {left}"
-        )
-
-    def takes(self, saved: Saved) -> bool:
-        return self.left.takes(saved) or self.right.takes(saved)
-
-    def pack(self, tensor: Tensor, saved: Saved) -> Kept:
-        inner = self.left.pack(tensor, saved) if self.left.takes(saved) else None
-        parts = (tensor,) if inner is None else inner.tensors
-        if inner is not None:
-            # The parts belong to the outer Kept now; `inner` itself must live on for its finalizers.
-            inner.tensors = ()
-            if not parts:
-                raise self._nothing_left()
-        tensors: list[Tensor] = []
-        pieces: list[tuple[Kept | None, int]] = []
-        for part in parts:
-            about = saved
-            if inner is not None:
-                about = replace(saved, shape=part.shape, dtype=part.dtype, numel=part.numel(), part=True)
-            piece = self.right.pack(part, about) if self.right.takes(about) else None
-            held = (part,) if piece is None else piece.tensors
-            if piece is not None:
-                piece.tensors = ()
-            tensors += held
-            pieces.append((piece, len(held)))
-        return Kept.of(tensor, *tensors, meta=(inner, pieces))
-
-    def unpack(self, kept: Kept) -> Tensor:
-        inner, pieces = kept.meta
-        tensors = iter(kept.tensors)
-        parts = []
-        for piece, count in pieces:
-            held = tuple(next(tensors) for _ in range(count))
-            parts.append(held[0] if piece is None else self.right.unpack(replace(piece, tensors=held)))
-        return parts[0] if inner is None else self.left.unpack(replace(inner, tensors=tuple(parts)))
-
-    def bytes(self, shape: torch.Size, dtype: torch.dtype) -> int:
-        """Measured on a standard normal sample, since what the left tape leaves is known only from packing."""
-        sample = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-        saved = Saved(OUTSIDE, None, sample.shape, dtype, None, sample.numel())
-        if not self.takes(saved):
-            return sample.numel() * dtype.itemsize
-        kept, ledger = self.pack(sample, saved), Ledger()
-        ledger.hold(kept.tensors, OUTSIDE)
-        return ledger.now

@@ -17,6 +17,7 @@ from weft.errors import Unsupported, UsageError, unknown
 
 __all__ = ["Conversion", "Convertible", "convert_", "restore_"]
 
+_LISTS = (nn.ModuleList, nn.ModuleDict)  # they are not called
 _ORIGINAL = "_weft_original"  # in a swapped layer's __dict__, not among its modules: it has no parameters of its own
 
 
@@ -77,8 +78,9 @@ def convert_(
 
     Args:
         model: its own layers are swapped, not the model itself. A layer that stands in two places is swapped once.
-        swaps: from a type of layer (exactly that, no subclass) to what makes the layer that takes its place; or a
-            class of Weft's, with options or without, or several, for the types that each stands in for.
+        swaps: from a type of layer (exactly that, no subclass; ``nn.Module`` is any) to what makes the layer that
+            takes its place; or a class of Weft's, with options or without, or several, for the types that each stands
+            in for.
         where: glob or globs on the layers' names (``"blocks.*.mlp.*"``); None for everywhere.
 
     Returns:
@@ -99,7 +101,7 @@ def convert_(
     swapped: list[str] = []
     try:
         for name, parent, key, child in _places(model):
-            factory = table.get(type(child))
+            factory = table.get(type(child)) or (None if isinstance(child, _LISTS) else table.get(nn.Module))
             if factory is None or (globs is not None and not any(fnmatch.fnmatchcase(name, g) for g in globs)):
                 continue
             if any(name.startswith(f"{outer}.") for outer in swapped):

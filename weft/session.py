@@ -17,6 +17,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from typing import Any, Self
 from weakref import WeakValueDictionary, ref
 
@@ -25,12 +26,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import disable_saved_tensors_hooks, saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from weft._composed import Routed
 from weft._keeping import Entry, Slot, Weights, dense_stride, geometry, plain_math, unpack
 from weft._ledger import Ledger, storage_of
 from weft._tapes import OUTSIDE, Hold, Kept, Reference, Saved, Tape
 from weft.errors import UsageError, WeftError
 
-__all__ = ["OUTSIDE", "Hold", "Kept", "Reference", "Saved", "Session", "Tape", "kept"]
+__all__ = ["OUTSIDE", "Hold", "Kept", "Reference", "Routed", "Saved", "Session", "Tape", "kept"]
 
 
 _local = threading.local()  # saved-tensor hooks are per thread, and so are the sessions that are active
@@ -136,17 +138,15 @@ class Session(AbstractContextManager["Session"]):
         return lambda: ledger.release(keys.pop()) if keys else None
 
     def _match(self) -> set[str] | None:
-        if self.where is None:
-            return None
         names = [name for name, _ in self.model.named_modules()]
         matched: set[str] = set()
-        for pattern in self.where:
+        for pattern in (*(self.where or ()), *(self.tape.patterns if self.tape is not None else ())):
             found = fnmatch.filter(names, pattern)
             if not found:
                 near = difflib.get_close_matches(pattern, names, 5, 0.3) or names[1:6]
                 raise UsageError(f"where={pattern!r} matches no module of {type(self.model).__name__}; nearest: {near}")
-            matched.update(found)
-        return matched
+            matched.update(found if self.where is not None and pattern in self.where else ())
+        return None if self.where is None else matched
 
     def _announce(self, module: nn.Module, name: str, undo: ExitStack) -> None:
         """Makes the module say when it runs. The hooks do nothing else: `checkpoint` inside must stay in charge."""
@@ -209,6 +209,8 @@ class Session(AbstractContextManager["Session"]):
         made = producer is not None or tensor.requires_grad or not tensor.is_floating_point()
         summed = not made and self._sums_up(module, tensor.shape)
         saved = Saved(module, cls, tensor.shape, tensor.dtype, producer, tensor.numel(), statistic=summed)
+        if self.tape.patterns:
+            saved = replace(saved, inside=tuple(name for name, _ in self._running))
         return saved if self.tape.takes(saved) else None
 
     def _sums_up(self, module: str, shape: torch.Size) -> bool:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
 from torch import nn
 
-from weft._tapes import Tape
 from weft.cards import Card
 from weft.convert import convert_
 from weft.errors import UsageError, unknown
 from weft.method import card, methods
+from weft.session import Routed, Tape
 
 __all__ = ["apply_conversions", "parse", "read_conversion", "read_tape"]
 
@@ -39,16 +41,26 @@ def parse(text: str) -> tuple[str, dict[str, Any]]:
 def read_tape(text: str) -> Tape:
     """A tape, or a composition, from ``quantise:bits=4 | offload:folder=/scratch``.
 
+    With ``where=``, globs with spaces between, what follows packs in those modules alone, and ``;`` stands between
+    tapes for different modules: ``quantise:bits=2,where=blocks.0 blocks.1; offload:where=blocks.2``.
+
     Raises:
         UsageError: for a name that is no tape, and options that it does not have.
     """
-    made = [
-        found.build(**_known(found, options)) for found, options in (_find(part, "tape") for part in text.split("|"))
-    ]
-    whole = made[0]
-    for tape in made[1:]:
-        whole = whole | tape
-    return whole
+    routes: list[tuple[list[str], Tape]] = []
+    for route in text.split(";"):
+        globs, made = list[str](), list[Tape]()
+        for part in route.split("|"):
+            found, options = _find(part, "tape")
+            globs += str(options.pop("where", "")).split()
+            made.append(found.build(**_known(found, options)))
+        routes.append((globs, functools.reduce(operator.or_, made)))
+    if len(routes) == 1 and not routes[0][0]:
+        return routes[0][1]
+    for globs, tape in routes:
+        if not globs:
+            raise UsageError(f"{text!r}: {tape} stands beside others and needs where=, the modules that it is for")
+    return Routed(routes)
 
 
 def read_conversion(given: str | Mapping[str, Any]) -> dict[str, Any]:

@@ -114,6 +114,7 @@ def fraction(
         From 0 to 1; 0 also where ``whole`` alone takes longer than the computation, which then waits.
 
     Raises:
+        UsageError: for sizes or times below 0, or a bandwidth that is not above 0.
         WeftError: when ``whole`` alone does not fit into the host.
     """
     if min(whole, rest, seconds, layers) < 0 or bandwidth <= 0:
@@ -122,4 +123,4 @@ def fraction(
     if moved * whole > host_bytes:
         raise WeftError(f"{moved} layers of {whole} bytes do not fit into {host_bytes}; use more or larger hosts")
     room = min(seconds * bandwidth, host_bytes / moved if moved else math.inf) - whole
-    return 1.0 if room >= rest else max(room / rest, 0.0)
+    return 1.0 if room >= rest else room / rest if room > 0 else 0.0

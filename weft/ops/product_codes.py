@@ -40,14 +40,15 @@ def chosen(
     """
     ours, theirs, size = codes(q, codebook), codes(k, codebook), k.shape[-2]
     column, found = torch.arange(size, device=q.device), []
+    lowest = torch.iinfo(column.dtype).min  # distances to keys of another sequence have no bound
     for start in range(0, q.shape[-2], BLOCK):
         part = ours[..., start : start + BLOCK, :]
         row = torch.arange(start, start + part.shape[-2], device=q.device)[:, None]
         score = sum((part[..., m, None] == theirs[..., None, :, m]).int() for m in range(len(codebook)))
         rank = score * (4 * size) - 2 * (row - column).abs() + (column < row)
         if causal:
-            rank = rank.masked_fill(column > row, -8 * size)
+            rank = rank.masked_fill(column > row, lowest)
         if ignore is not None:
-            rank = rank.masked_fill(ignore[:, None, None], -9 * size)
+            rank = rank.masked_fill(ignore[:, None, None], lowest)
         found.append(rank.topk(keep, sorted=False).indices.sort(-1).values)
     return torch.cat(found, -2) if found else column.new_zeros(*q.shape[:-1], keep)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["BATCH_NORMS", "Replay", "devices_of"]
+__all__ = ["BATCH_NORMS", "Replay", "devices_of", "version"]
 
 BATCH_NORMS = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
 
@@ -22,6 +22,11 @@ BATCH_NORMS = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
 def devices_of(tensors: Iterable[Any]) -> list[torch.device]:
     """The devices whose generators a call on these tensors may draw from: the CPU, and every CUDA device among them."""
     return [torch.device("cpu"), *{t.device for t in tensors if isinstance(t, Tensor) and t.device.type == "cuda"}]
+
+
+def version(tensor: Tensor) -> int | None:
+    """What grows with every change in place; None for tensors of inference mode, which have none."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def _counts(module: nn.Module) -> bool:
@@ -85,7 +90,7 @@ class Replay:
         self._casts = _autocast(self.devices)
         states = [(device, _state(device)) for device in self.devices]
         buffers = [
-            (module, name, buffer, buffer._version, None if _counts(module) else buffer.clone())
+            (module, name, buffer, version(buffer), None if _counts(module) else buffer.clone())
             for module in self.modules
             for name, buffer in module.named_buffers(recurse=False)
         ]
@@ -94,8 +99,8 @@ class Replay:
         drawn = [(device, state) for device, state in states if not torch.equal(state, _state(device))]
         changed = [
             (module, name, old)
-            for module, name, buffer, version, old in buffers
-            if old is None or getattr(module, name) is not buffer or buffer._version != version
+            for module, name, buffer, before, old in buffers
+            if old is None or before is None or getattr(module, name) is not buffer or version(buffer) != before
         ]
         self._drawn = [device for device, _ in drawn]
         self._read = [(module, name) for module, name, old in changed if old is not None]

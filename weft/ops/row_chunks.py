@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from weft.errors import DataError, Unsupported, UsageError
-from weft.ops.replay import BATCH_NORMS, Replay, devices_of
+from weft.ops.replay import BATCH_NORMS, Replay, devices_of, version
 
 __all__ = ["in_chunks"]
 
@@ -35,10 +35,14 @@ def in_chunks(encoder: Encoder, inputs: Any, chunk: int, more: Sequence[Tensor] 
         chunk: rows that pass the encoder at a time.
         more: tensors that get gradients beside the inputs and the module's parameters.
 
+    Gradients of weights are summed over the chunks in float32 where the weights are of a half type.
+
     Raises:
-        UsageError: for an encoder whose parameters cannot be told.
-        DataError: for inputs with unequal numbers of rows, or an output that is no tensor, tuple or dict of tensors.
-        Unsupported: for BatchNorm in training mode.
+        UsageError: for an encoder whose parameters cannot be told; from the backward pass, where its parameters are
+            other tensors than they were (`torch.func.functional_call`, a layer swapped in between).
+        DataError: for inputs with unequal numbers of rows, or an output that is no tensor, tuple or dict of tensors
+            with as many rows as the input.
+        Unsupported: for BatchNorm in training mode, or an encoder that changes its input in place.
     """
     owner = encoder.__self__ if isinstance(encoder, types.MethodType) else encoder
     module = owner if isinstance(owner, nn.Module) else nn.Module()
@@ -58,7 +62,7 @@ def in_chunks(encoder: Encoder, inputs: Any, chunk: int, more: Sequence[Tensor] 
         raise DataError(f"the inputs have {sorted(rows) or 'no'} rows; every tensor has one row for each of the batch")
     weights = dict.fromkeys(p for p in (*module.parameters(), *more) if p.requires_grad)
     plan = _Plan(encoder, modules, names, values, range(0, max(*rows, 1), chunk))
-    plan.weights = list(weights)
+    plan.weights, plan.held = list(weights), list(module.parameters())
     out = _Embed.apply(plan, *tensors, *weights)
     return _built(plan.out_names, out)
 
@@ -84,8 +88,8 @@ class _Plan:
         self.places = [i for i, v in enumerate(values) if isinstance(v, Tensor)]
         self.rest = [None if isinstance(v, Tensor) else v for v in values]
         self.runs: list[Replay] = []
-        self.lengths: list[int] = []
         self.weights: list[Tensor] = []
+        self.held: list[Tensor] = []
         self.out_names: Any = None
 
     def cut(self, tensors: Sequence[Tensor], start: int) -> list[Tensor]:
@@ -102,7 +106,19 @@ class _Plan:
         self.out_names, flat = _flat(out)
         if not all(isinstance(t, Tensor) and t.ndim for t in flat):
             raise DataError(f"an encoder returned {type(out).__name__}; it returns tensors with one row for each input")
+        rows, found = next(len(t) for t in tensors if t.ndim), {len(t) for t in flat}
+        if found - {rows}:
+            raise DataError(f"an encoder returned {sorted(found)} rows for {rows}; each row of the input gives one")
         return flat
+
+    def check_held(self) -> None:
+        """UsageError where the module's parameters are no longer those of the forward pass."""
+        now = list(self.modules[0].parameters())
+        if len(now) != len(self.held) or any(a is not b for a, b in zip(now, self.held, strict=True)):
+            raise UsageError(
+                "the encoder's parameters are other tensors than in the forward pass, so that it cannot be run again; "
+                "give them to the module itself, not by functional_call, and swap no layers before the backward pass"
+            )
 
 
 class _Embed(torch.autograd.Function):
@@ -110,13 +126,15 @@ class _Embed(torch.autograd.Function):
 
     @staticmethod
     def forward(plan: _Plan, *tensors: Tensor) -> tuple[Tensor, ...]:
-        parts = []
+        parts, inputs = [], tensors[: len(plan.places)]
+        versions = [version(t) for t in inputs]
         for start in plan.starts:
             run = Replay(plan.modules, devices_of(tensors))
             with run.recorded():
-                parts.append(plan.call(plan.cut(tensors[: len(plan.places)], start)))
+                parts.append(plan.call(plan.cut(inputs, start)))
             plan.runs.append(run)
-            plan.lengths.append(len(parts[-1][0]))
+        if versions != [version(t) for t in inputs]:
+            raise Unsupported("the encoder changes its input in place", "a first layer without inplace=True, or a copy")
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
     @staticmethod
@@ -132,18 +150,17 @@ class _Embed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         plan, saved, needed = ctx.plan, list(ctx.saved_tensors), ctx.needs_input_grad[1:]
-        split = len(plan.places)
+        plan.check_held()
+        split, chunk = len(plan.places), plan.starts.step
         inputs, weights = saved[:split], plan.weights  # saved for the check of versions alone: hooks return copies
         states: Iterator[Tensor] = iter(saved[len(needed) :])
         found: list[Any] = [[] for _ in inputs] + [None] * len(weights)  # an input's chunks, a weight's sum
-        done = 0
-        for start, length, run in zip(plan.starts, plan.lengths, plan.runs, strict=True):
+        for start, run in zip(plan.starts, plan.runs, strict=True):
             with torch.enable_grad(), run.again([next(states) for _ in range(run.count)]):
                 cut = [t.detach().requires_grad_(n) for t, n in zip(plan.cut(inputs, start), needed, strict=False)]
                 outs = plan.call(cut)
-            into = [None if g is None else g[done : done + length] for g in grads]
+            into = [None if g is None else g[start : start + chunk] for g in grads]
             pairs = [(o, g) for o, g in zip(outs, into, strict=True) if g is not None and o.requires_grad]
-            done += length
             leaves = [(i, t) for i, t in enumerate((*cut, *weights)) if needed[i]]
             if pairs and leaves:
                 ends, slopes = zip(*pairs, strict=True)
@@ -152,9 +169,12 @@ class _Embed(torch.autograd.Function):
                     if i < split:
                         found[i].append(torch.zeros_like(t) if g is None else g)
                     elif g is not None:
-                        found[i] = g.clone() if found[i] is None else found[i].add_(g)
+                        wide = torch.promote_types(g.dtype, torch.float32)
+                        found[i] = g.to(wide, copy=True) if found[i] is None else found[i].add_(g)
                 del ends
             del outs, pairs  # what no gradient needed of this graph goes before the next one is built
         for i, t in enumerate(inputs):
             found[i] = None if not found[i] else torch.cat(found[i]) if t.ndim else torch.stack(found[i]).sum(0)
+        for i, t in enumerate(weights, split):
+            found[i] = None if found[i] is None else found[i].to(t.dtype)
         return (None, *found)

@@ -46,9 +46,14 @@ def normalised(
     return y, scale.reshape(-1)
 
 
-def lossy(weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    """Indices of the features whose z cannot be had from y = weight z + bias to nearly y's precision; None for none."""
-    small = torch.finfo(weight.dtype).smallest_normal ** 0.5
+def lossy(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Indices of the features whose z cannot be had from y = weight z + bias to nearly y's precision; None for none.
+
+    Args:
+        weight, bias: of the norm.
+        dtype: y's, which may be a half type beside weights in float32.
+    """
+    small = max(torch.finfo(kind).smallest_normal for kind in (weight.dtype, dtype)) ** 0.5
     found = weight.abs() <= (small if bias is None else bias.abs() / RATIO + small)
     columns = found.reshape(-1).nonzero()[:, 0]
     return columns if len(columns) else None
@@ -73,7 +78,7 @@ class SharedNorm(torch.autograd.Function):
         ctx.size, ctx.centred, ctx.dtype = math.prod(shape), centred, x.dtype
         columns = apart = None
         if weight is not None and any(ctx.needs_input_grad[:2]):
-            columns = lossy(weight.detach(), None if bias is None else bias.detach())
+            columns = lossy(weight.detach(), None if bias is None else bias.detach(), y.dtype)
             if columns is not None:
                 rows = x.detach().reshape(-1, ctx.size)
                 picked = rows[:, columns].to(scale.dtype)

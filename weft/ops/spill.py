@@ -6,13 +6,12 @@ and starts reading those that were put before, as a backward pass wants them.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import tempfile
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -65,15 +64,22 @@ class SpillFile:
         self.jobs, self.discarded = deque[Block](), deque[Block]()
         self.failed: Exception | None = None
         self.last: Callable[[], Block | None] = lambda: None
-        self.change = threading.Condition(threading.Lock())
+        # Taken by `with self.lock`, which Ctrl-C cannot come between, as it can into Condition's and contextlib's code.
+        self.lock = threading.Lock()
+        self.change = threading.Condition(self.lock)
+        self.ahead: dict[Block, None] = {}  # what was read ahead, as it came
         self.thread: threading.Thread | None = threading.Thread(target=self._work, name="weft-offload", daemon=True)
-        self.thread.start()
+        try:
+            self.thread.start()
+        except RuntimeError as error:
+            self.file.close()
+            raise WeftError(f"cannot start the thread that writes to {folder}: {error}") from error
 
     def put(self, data: Tensor, place: str) -> Block:
         """Takes a flat uint8 tensor over; waits while the queue is full."""
         size = data.numel()
-        with self._locked():
-            self.change.wait_for(lambda: self.failed or not self.in_memory or self.in_memory + size <= self.most)
+        with self.lock:
+            self.change.wait_for(lambda: self.failed or self._room(size))
             if self.failed is not None:
                 why = getattr(self.failed, "strerror", None) or self.failed
                 raise WeftError(
@@ -88,18 +94,26 @@ class SpillFile:
             block.release = self.hold(data, place)
             self.jobs.append(block)
             self.change.notify_all()
+        self._tidy()
         return block
+
+    def _room(self, size: int) -> bool:
+        """Whether so much may come in. What was read ahead goes: its backward pass may never come, or wait for this."""
+        while self.ahead and self.in_memory + size > self.most:
+            self._drop(next(reversed(self.ahead)))
+        return not self.in_memory or self.in_memory + size <= self.most
 
     def get(self, block: Block) -> Tensor:
         """The bytes of a block, and a start of reading those that were put before it."""
-        with self._locked():
+        with self.lock:
             self.change.wait_for(lambda: not (block.busy and block.data is None))
             data = block.data
             if block.written and not block.busy:
                 self._drop(block)  # read ahead; another backward pass reads it again
         data = self._read(block) if data is None else data
-        with self._locked():
+        with self.lock:
             self._read_ahead(block)
+        self._tidy()
         return data
 
     def discard(self, block: Block) -> None:
@@ -111,31 +125,23 @@ class SpillFile:
     def close(self) -> None:
         """Ends the thread once the queue is written; the file stays for as long as graphs need it."""
         thread = self.thread
-        with self._locked():
+        with self.lock:
             self.open = False
             self.change.notify_all()
+        self._tidy()
         if thread is not None:
             thread.join()
-        with self._locked():
-            self.thread = None
-            self._close_file()
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        with self.change:
-            yield
-        self._tidy()
 
     def _tidy(self) -> None:
         """Frees what was discarded, now or by whoever has the lock."""
-        while self.discarded and self.change.acquire(blocking=False):
+        while self.discarded and self.lock.acquire(blocking=False):
             try:
                 while self.discarded:
                     block = self.discarded.popleft()
                     if not block.busy:
                         self._forget(block)
             finally:
-                self.change.release()
+                self.lock.release()
 
     def _read_ahead(self, block: Block) -> None:
         before = None if block.previous is None else block.previous()
@@ -151,9 +157,11 @@ class SpillFile:
 
     def _work(self) -> None:
         while True:
-            with self._locked():
+            with self.lock:
                 self.change.wait_for(lambda: self.jobs or not self.open)
                 if not self.jobs:
+                    self.thread = None
+                    self._close_file()
                     return
                 block = self.jobs.popleft()
                 data, wanted, failed = block.data, not block.dead and self.failed is None, None
@@ -165,7 +173,7 @@ class SpillFile:
                     found = self._read(block)
             except Exception as error:
                 failed = error
-            with self._locked():
+            with self.lock:
                 block.busy = False
                 if data is None:
                     self._arrived(block, found)  # None: whoever unpacks it reads it again, and gets the error
@@ -177,6 +185,7 @@ class SpillFile:
                 if block.dead:
                     self._forget(block)
                 self.change.notify_all()
+            self._tidy()
             del data, found, block
 
     def _arrived(self, block: Block, found: Tensor | None) -> None:
@@ -184,10 +193,12 @@ class SpillFile:
             self.in_memory -= block.nbytes
         else:
             block.data, block.release = found, self.hold(found, block.place)
+            self.ahead[block] = None
 
     def _drop(self, block: Block) -> None:
         if block.data is not None:
             block.data = None
+            self.ahead.pop(block, None)
             self.in_memory -= block.nbytes
             if block.release is not None:
                 block.release()
@@ -200,6 +211,8 @@ class SpillFile:
         self.free.setdefault(block.nbytes, []).append(block.offset)
         block.offset = -1
         self.blocks -= 1
+        if not self.blocks:
+            self.end, self.free = 0, {}  # the next step may have other sizes
         self._close_file()
 
     def _close_file(self) -> None:

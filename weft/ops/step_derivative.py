@@ -15,16 +15,17 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from weft.convert import Convertible
+from weft.kernels.bits import unpack_bits
 from weft.kernels.step_lookup import gather_unpack
 
 __all__ = ["StepActivation", "StepDerivative", "constants"]
 
 
 @functools.lru_cache(maxsize=256)
-def constants(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """A table of numbers in float32, made once for each device."""
+def constants(values: tuple[float, ...], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A table of numbers, made once for each device and dtype."""
     with torch.inference_mode(False):
-        return torch.tensor(values, dtype=torch.float32, device=device)
+        return torch.tensor(values, dtype=dtype, device=device)
 
 
 class StepDerivative(torch.autograd.Function):
@@ -32,15 +33,14 @@ class StepDerivative(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
         x: Tensor,
         function: Callable[[Tensor], Tensor],
         index: Callable[[Tensor], Tensor],
         levels: tuple[float, ...],
         bits: int,
         inplace: bool,
-    ) -> Tensor:
-        """The function's values.
+    ) -> tuple[Tensor, Tensor]:
+        """The function's values, and the packed indices, which are not differentiable.
 
         Args:
             x: any shape.
@@ -50,19 +50,31 @@ class StepDerivative(torch.autograd.Function):
             bits: 1 to 4.
             inplace: whether the function changes x and returns it.
         """
-        ctx.levels, ctx.bits = levels, bits
-        ctx.save_for_backward(index(x))  # first: a function in place overwrites x
+        packed = index(x)  # first: a function in place overwrites x
         y = function(x)
+        return y, packed
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, _, _, ctx.levels, ctx.bits, inplace = inputs
+        packed = output[1]
+        ctx.mark_non_differentiable(packed)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(packed)
         if inplace:
             ctx.mark_dirty(x)
-        return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         (packed,) = ctx.saved_tensors
-        levels = constants(ctx.levels, grad.device)
-        return gather_unpack(packed, levels, grad, ctx.bits), None, None, None, None, None
+        dx = None
+        if grad is not None and grad.dtype == torch.float64:  # the kernel's levels are float32
+            levels = constants(ctx.levels, grad.device, grad.dtype)
+            dx = grad * levels[unpack_bits(packed, ctx.bits, grad.numel()).long()].view(grad.shape)
+        elif grad is not None:
+            dx = gather_unpack(packed, constants(ctx.levels, grad.device), grad, ctx.bits)
+        return dx, None, None, None, None, None
 
 
 class StepActivation(Convertible):
@@ -89,4 +101,4 @@ class StepActivation(Convertible):
         if not (torch.is_grad_enabled() and x.requires_grad):
             return self.layer(x)
         inplace = bool(getattr(self.layer, "inplace", False))
-        return StepDerivative.apply(x, self.layer.forward, self.index, self.levels, self.bits, inplace)
+        return StepDerivative.apply(x, self.layer.forward, self.index, self.levels, self.bits, inplace)[0]

@@ -13,6 +13,7 @@ from torch import Size, Tensor, nn
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from weft.errors import Unsupported
+from weft.ops.token_layers import own_weights
 
 __all__ = ["Affine", "Convolution", "Linear", "Lookup", "operation"]
 
@@ -138,8 +139,10 @@ def operation(layer: nn.Module) -> Linear:
 
     Raises:
         Unsupported: for anything but an ``nn.Linear``, ``nn.Conv2d``, ``nn.LayerNorm`` or ``nn.Embedding``, for a
-            convolution padded "same" by an even kernel, and for tables of rows that are sparse, renormalised or scaled.
+            convolution padded "same" by an even kernel, for tables of rows that are sparse, renormalised or scaled, and
+            for weights that a hook makes anew for each call (pruning, weight norm).
     """
+    own_weights(layer)
     if type(layer) is nn.Linear:
         return Linear()
     if type(layer) is nn.LayerNorm:

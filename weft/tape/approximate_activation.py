@@ -115,8 +115,8 @@ def example() -> Example:
     mutants={
         "three bits": ("constants(self.kinks, x.device), 2)", "constants(self.kinks, x.device), 3)"),
         "the input kept": (
-            "ctx.save_for_backward(index(x))",
-            "ctx.save_for_backward(index(x), x)",
+            "ctx.save_for_backward(packed)",
+            "ctx.save_for_backward(packed, x)",
             "weft.ops.step_derivative",
         ),
         "another forward": ("y = function(x)", "y = function(x).relu()", "weft.ops.step_derivative"),
@@ -188,10 +188,10 @@ def best_relus(seed: int) -> list[Check]:
     mutants={
         "mirrored": ("bucketize_pack(x, constants", "bucketize_pack(-x, constants"),
         "slopes turned round": ("super().__init__(layer, slopes, 2)", "super().__init__(layer, slopes[::-1], 2)"),
-        "index of the output": ("(index(x))", "(index(function(x.clone())))", "weft.ops.step_derivative"),
+        "index of the output": ("= index(x)", "= index(function(x.clone()))", "weft.ops.step_derivative"),
         "gradient lost": (
-            "levels, grad, ctx.bits)",
-            "levels, torch.ones_like(grad), ctx.bits)",
+            "dx = gather_unpack(packed, constants(ctx.levels, grad.device), grad,",
+            "dx = gather_unpack(packed, constants(ctx.levels, grad.device), torch.ones_like(grad),",
             "weft.ops.step_derivative",
         ),
     },

@@ -41,6 +41,7 @@ from weft.ops.step_derivative import StepActivation, constants
 from weft.testing.example import Example
 
 CELLS = 1200  # of the grid over the domain
+SIXTH = float(np.float32(1 / 6))  # as torch has it, for float64 too
 SMOOTH: tuple[type[nn.Module], ...] = (
     nn.CELU, nn.ELU, nn.GELU, nn.Hardswish, nn.LogSigmoid, nn.Mish, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus,
     nn.Softsign, nn.Tanh, nn.Tanhshrink,
@@ -111,7 +112,7 @@ class FewBitActivation(StepActivation):
             raise UsageError(f"domain={domain!r}; it is a positive number")
         if isinstance(layer, STEPS):
             low = layer.negative_slope if isinstance(layer, nn.LeakyReLU) else 0.0
-            super().__init__(layer, (low, 1 / 6 if isinstance(layer, nn.Hardsigmoid) else 1.0), 1)
+            super().__init__(layer, (low, SIXTH if isinstance(layer, nn.Hardsigmoid) else 1.0), 1)
             return
         key = type(layer), layer.extra_repr(), bits, float(domain)
         if key not in _tables:
@@ -126,23 +127,26 @@ class FewBitActivation(StepActivation):
         return cls(layer, **options)
 
     def index(self, x: Tensor) -> Tensor:
-        """The step of each element, packed; for two values, 1 where the margin is positive or nan."""
+        """The step of each element, packed; for two values, 1 where the derivative has the second one."""
         if not isinstance(self.layer, STEPS):
             return bucketize_pack(x, constants(self.borders, x.device), self.bits)
-        return pack_bits((self.margin(x) <= 0).logical_not_().view(torch.uint8), 1)
+        return pack_bits((self.slope(x) != 0).view(torch.uint8), 1)
 
-    def margin(self, x: Tensor) -> Tensor:
-        """Positive where the derivative has the second of its two values; rounding keeps a difference's sign."""
-        match self.layer:
-            case nn.Threshold():
-                return x - self.layer.threshold
+    def slope(self, x: Tensor) -> Tensor:
+        """Not zero on the second step, by torch's own kernels: how they round borders depends on dtype and device."""
+        layer, aten, one = self.layer, torch.ops.aten, x.new_ones(()).expand_as(x)
+        match layer:
+            case nn.LeakyReLU():
+                return aten.leaky_relu_backward(one, x, 0.0, False)
             case nn.Hardtanh():  # ReLU6 is one
-                return torch.minimum(x - self.layer.min_val, self.layer.max_val - x)
+                return aten.hardtanh_backward(one, x, layer.min_val, layer.max_val)
             case nn.Hardsigmoid():
-                return torch.minimum(x + 3, 3 - x)
-            case nn.Hardshrink() | nn.Softshrink():
-                return x.abs() - self.layer.lambd
-        return x
+                return aten.hardsigmoid_backward(one, x)
+            case nn.Hardshrink():
+                return aten.hardshrink_backward(one, x, layer.lambd)
+            case nn.Softshrink():
+                return aten.softshrink_backward(one, x, layer.lambd)
+        return aten.threshold_backward(one, x, layer.threshold if isinstance(layer, nn.Threshold) else 0)
 
 
 def example() -> Example:
@@ -167,7 +171,7 @@ def _points(cells: int, low: float = -10.0, high: float = 10.0) -> Tensor:
     row=144,
     mutants={
         "a byte for each": ("constants(self.borders, x.device), self.bits)", "constants(self.borders, x.device), 4)"),
-        "the input kept": ("(index(x))", "(index(x), x)", "weft.ops.step_derivative"),
+        "the input kept": ("save_for_backward(packed)", "save_for_backward(packed, x)", "weft.ops.step_derivative"),
         "another forward": ("y = function(x)", "y = function(x) * (1 + 1e-7)", "weft.ops.step_derivative"),
         "two bits packed": ("view(torch.uint8), 1)", "view(torch.uint8), 2)"),
     },
@@ -265,25 +269,28 @@ def optimal(seed: int) -> list[Check]:
     "at one bit the gradient of ReLU, and of every layer whose derivative has two values, is autograd's exactly",
     row=144,
     mutants={
-        "zero counted as positive": ("self.margin(x) <= 0", "self.margin(x) < 0"),
-        "turned round": (".logical_not_()", ""),
+        "zero counted as positive": ("(self.slope(x) != 0)", "((self.slope(x) != 0) | (x == 0))"),
+        "turned round": ("self.slope(x) != 0", "self.slope(x) == 0"),
         "slope of LeakyReLU": ("layer.negative_slope if", "0.0 if"),
-        "one side of a band": ("torch.minimum(x + 3, 3 - x)", "x + 3"),
-        "bands of other widths": ("self.layer.max_val - x", "1 - x"),
-        "shrinking on one side": ("x.abs() - self.layer.lambd", "x - self.layer.lambd"),
-        "threshold at zero": ("x - self.layer.threshold", "x"),
-        "sixth": ("1 / 6 if", "1 if"),
+        "one side of a band": ("layer.min_val, layer", "-math.inf, layer"),
+        "borders in float32": ("hardtanh_backward(one, x", "hardtanh_backward(one.float(), x.float()"),
+        "shrinking for another width": ("softshrink_backward(one, x, layer.lambd", "softshrink_backward(one, x, 0.5"),
+        "threshold at zero": ("layer.threshold if isinstance(layer, nn.Threshold)", "0 if layer"),
+        "sixth": ("SIXTH if", "1 / 6 if"),
+        "levels in float32": ("grad.dtype == torch.float64", "False", "weft.ops.step_derivative"),
     },
 )
 def exact_at_one_bit(seed: int) -> Check:
-    """Elements whose gradients differ in float32 and bfloat16, at drawn inputs, at borders and next to them."""
+    """Elements whose gradients differ in four dtypes, at drawn inputs, at borders (some no dtype has) and beside."""
     generator, differ = torch.Generator().manual_seed(seed), 0
-    edges = torch.tensor([-3.0, -1.0, -0.5, -0.0, 0.0, 0.5, 1.0, 3.0, 6.0])
-    beside = torch.cat([edges, *(torch.nextafter(edges, torch.full_like(edges, end)) for end in (-9.0, 9.0))])
-    for kind in STEPS:
-        layer = nn.Threshold(0.5, 2.0) if issubclass(kind, nn.Threshold) else kind()
-        for dtype in (torch.float32, torch.bfloat16):
-            x = torch.cat([beside, 4 * torch.randn(300, generator=generator)]).to(dtype).requires_grad_()
+    edges = torch.tensor([-3.0, -0.5, -0.3, -0.1, -0.0, 0.0, 0.1, 0.3, 0.5, 0.7, 3.0, 6.0], dtype=torch.float64)
+    layers = [nn.ReLU(), nn.LeakyReLU(0.3), nn.Threshold(0.1, 2.0), nn.Hardtanh(-0.3, 0.7), nn.ReLU6()]
+    layers += [nn.Hardsigmoid(), *(kind(width) for kind in (nn.Hardshrink, nn.Softshrink) for width in (0.3, 0.5))]
+    for layer in layers:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            at = edges.to(dtype)
+            beside = [torch.nextafter(at, torch.full_like(at, end)) for end in (-9.0, 9.0)]
+            x = torch.cat([at, *beside, (4 * torch.randn(300, generator=generator)).to(dtype)]).requires_grad_()
             g = torch.randn(x.shape, generator=generator).to(dtype)
             found, wanted = (torch.autograd.grad(m(x), x, g)[0] for m in (FewBitActivation.from_dense(layer), layer))
             differ += int((found != wanted).sum())

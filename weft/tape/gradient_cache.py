@@ -60,9 +60,11 @@ def gradient_cache(
         What ``loss`` returns. It can be differentiated once.
 
     Raises:
-        UsageError: for a chunk below 1, lists of unequal length, an encoder whose parameters cannot be told.
-        DataError: for inputs without rows or with unequal numbers of rows.
-        Unsupported: for BatchNorm in training mode, whose statistics would be those of a chunk.
+        UsageError: for a chunk below 1, lists of unequal length, an encoder whose parameters cannot be told; from the
+            backward pass, where they have been replaced since, as `torch.func.functional_call` does.
+        DataError: for inputs of which no tensor has rows or two have unequal numbers, or outputs with other rows.
+        Unsupported: for BatchNorm in training mode, whose statistics would be those of a chunk, and for an encoder that
+            changes its input in place.
     """
     several = isinstance(encoders, list | tuple | nn.ModuleList)
     calls: list[Encoder] = list(encoders) if several else [encoders]  # type: ignore[arg-type, list-item]
@@ -70,7 +72,7 @@ def gradient_cache(
     sizes = list(chunk) if isinstance(chunk, Sequence) else [chunk] * len(calls)
     if not calls or not len(calls) == len(batches) == len(sizes):
         raise UsageError(f"{len(calls)} encoders, {len(batches)} inputs, {len(sizes)} chunk sizes; give one of each")
-    if not all(isinstance(size, int) and size > 0 for size in sizes):
+    if not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes):
         raise UsageError(f"chunk={chunk!r}; a chunk has at least 1 row")
     more = list(parameters)
     return loss(*(in_chunks(f, x, n, more) for f, x, n in zip(calls, batches, sizes, strict=True)))
@@ -121,8 +123,13 @@ def _relative(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     row=368,
     mutants={
         "masks drawn anew": ("_set_state(device, state)\n            for", "pass\n            for", "weft.ops.replay"),
-        "one chunk's cache for all": ("g[done : done + length]", "g[:length]", "weft.ops.row_chunks"),
+        "one chunk's cache for all": ("g[start : start + chunk]", "g[:chunk]", "weft.ops.row_chunks"),
         "the last chunk alone": ("found[i].add_(g)", "g", "weft.ops.row_chunks"),
+        "sums in bfloat16": (
+            "promote_types(g.dtype, torch.float32)",
+            "promote_types(g.dtype, g.dtype)",
+            "weft.ops.row_chunks",
+        ),
         "chunks of an input turned": ("torch.cat(found[i])", "torch.cat(found[i][::-1])", "weft.ops.row_chunks"),
         "generator left behind": ("zip(self._drawn, now, strict=True)", "()", "weft.ops.replay"),
     },
@@ -145,6 +152,11 @@ def full_batch(seed: int) -> list[Check]:
     against = [wanted[:1], wanted[1:2], wanted[2:8], wanted[8:14], wanted[14:]]
     names = ("first input", "second input", "first encoder", "second encoder", "temperature")
     checks = [Check(_relative(a, b), 1e-6, what=n) for n, a, b in zip(names, by_group, against, strict=True)]
+    narrow = nn.Linear(16, 1).bfloat16()  # of whose bias the gradient is the number of rows
+    bias = torch.autograd.grad(gradient_cache(narrow, torch.ones(512, 16).bfloat16(), torch.sum, chunk=1), narrow.bias)[
+        0
+    ]
+    checks.append(Check(float(bias), 512, "==", "sum over 512 chunks in bfloat16, in which 256 + 1 is 256"))
     return [Check(same, True, "==", "same loss, generator as after the plain run"), *checks]
 
 

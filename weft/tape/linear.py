@@ -3,8 +3,9 @@
     y = x W^T + b,   dL/dx = dL/dy W,   dL/db = sum of dL/dy,   dL/dW from what was kept in place of x
 
 Autograd keeps x for dL/dW alone. Outputs and gradients of x and b are therefore those of the ordinary layer, whatever
-is kept. Nothing is kept while the weight is frozen or gradients are off. What a layer saves only once although several
-layers read it (the input of query, key and value, of a residual path) costs more here, as each layer keeps its own.
+is kept. Nothing is kept while the weight is frozen or gradients are off. Where x is kept anyway, nothing is saved: a
+ReLU and a tanh keep their output, which the next layer reads. Several layers that read one x (query, key and value)
+each keep their own, where autograd keeps one.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ Gradient = Callable[..., Tensor]  # (dL/dy [N, O], *kept) -> the gradient of the
 class CompressedLinear(Convertible):
     """Stands in for an ``nn.Linear``, on the same weight and bias; abstract: `keep` says what is kept.
 
-    Second derivatives (``create_graph=True``) would need what is not kept: backward raises Unsupported, unless the
-    weight is frozen.
+    Second derivatives (``create_graph=True``, and ``torch.func.grad``, which always prepares for them) would need what
+    is not kept: backward raises Unsupported, unless the weight is frozen. ``torch.export`` works under
+    ``torch.no_grad``, where the layer is the ordinary one.
 
     Args:
         layer: the ordinary layer.
@@ -113,7 +115,7 @@ class _Linear(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise Unsupported(
-                "a layer that does not keep its input has no second derivative (create_graph=True)",
+                "a layer that does not keep its input has no second derivative (create_graph=True, torch.func.grad)",
                 "the ordinary layer (weft.restore_), or freeze the weight",
             )
         weight, *kept = ctx.saved_tensors

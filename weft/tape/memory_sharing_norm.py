@@ -57,6 +57,8 @@ class MemorySharingNorm(Convertible):
     Merged, it costs less time: without an affine part nothing has to be taken back out of y, and no device has to wait
     for the check of gamma.
 
+    A layer after it that changes its output in place makes the backward pass raise; torch's own norms bear that.
+
     Args:
         layer: used, not copied.
 

@@ -8,7 +8,7 @@ Blocks that act on each position alone split along the positions, x = (x_1, ...,
 with n the number of labels that are not ignored in all chunks together; the mean of the chunks' means is another
 number. Between the passes x alone is kept. Each chunk's hidden units and logits are computed again on the way back, so
 that the largest hidden tensor and the largest logits have ceil(S / M) of the S = B T positions, in either pass. Only
-the order of summation differs from one piece.
+the order of summation differs from one piece, and that dropout draws its mask chunk by chunk, the same in both passes.
 
 The paper leaves M to the user. The authors' code takes chunks of max(4096 / B, 1024) positions for the MLP and 64 for
 the head, and leaves the recomputation of the MLP to checkpoints of whole decoder layers; its chunks leave the last
@@ -156,7 +156,9 @@ class MiniSequence(Convertible):
 
     Raises:
         UsageError: for a number of chunks below 1.
-        Unsupported: from ``from_dense``, for a layer that is not known to act on each position alone.
+        Unsupported: from ``from_dense``, for a layer that is not known to act on each position alone; from ``forward``,
+            for one that changes its input in place.
+        DataError: from ``forward``, for a layer whose output has other positions than its input.
     """
 
     converts = (nn.Sequential,)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 import time
 import weakref
 from pathlib import Path
@@ -32,6 +33,8 @@ from weft.ops.spill import Block, SpillFile
 from weft.session import Hold, Kept, Saved, Tape
 from weft.testing.example import Example
 from weft.testing.savings import savings
+
+_entering = threading.Lock()  # not on the object: a lock cannot be copied
 
 
 @method("offload", contract="tape", family="tape", papers=[107], tags={"exact"})
@@ -62,9 +65,10 @@ class Offload(Tape):
         self._file: SpillFile | None = None
 
     def enter(self, hold: Hold) -> None:
-        if self._file is not None:
-            raise WeftError(f"{self} already serves a session; make another Offload for a second one")
-        self._file = SpillFile(self.folder, self.queue_bytes, hold)
+        with _entering:
+            if self._file is not None:
+                raise WeftError(f"{self} already serves a session; make another Offload for a second one")
+            self._file = SpillFile(self.folder, self.queue_bytes, hold)
 
     def leave(self) -> None:
         file, self._file = self._file, None
@@ -177,7 +181,7 @@ def once(seed: int) -> Check:
         loss = h.sin().sum() + h.cos().sum() + h.view(128, 256).exp().sum()
         file = tape._file
         assert file is not None and file.file is not None
-        with file.change:
+        with file.lock:
             file.change.wait_for(lambda: not file.in_memory)
         written = os.fstat(file.file.fileno()).st_size
         loss.backward()

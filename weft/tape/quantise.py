@@ -6,14 +6,24 @@ element x is kept as the b-bit code q and comes back as x~,
     q = round((x - z) / s),   x~ = z + s q;
 
 or stochastically, as in the paper, q = floor((x - z) / s + u) with u uniform on [0, 1), so that E[x~] = x up to the
-rounding of z and s: then a weight's gradient, linear in what its layer saved, is unbiased, at more variance. The
-forward pass is not touched. As in the authors' code, groups run through the tensor as it lies in memory and their
-parameters have 16 bits.
+rounding of z and s: then the gradient of a weight, linear in what its layer saved, is unbiased for the gradient that
+arrives there, at more variance. Other operations are not linear in what they saved: a ReLU loses the gradient of each
+output that is rounded to 0. The forward pass is not touched.
 
-Two things differ from the paper, to nearest only, both since they lower a gradient's error. With 1 or 2 bits the range
-is cut into 2^b parts that come back as their centres, s = (max(g) - z) / 2^b, x~ = z + s (q + 1/2). And in a group
-whose minimum is 0 zeros and nothing else come back as zeros, since a ReLU's backward pass reads its mask from its
-output.
+To nearest only, two things lower a gradient's error. With 1 or 2 bits the range is cut into 2^b parts that come back as
+their centres, s = (max(g) - z) / 2^b, x~ = z + s (q + 1/2). And in a group whose minimum is 0 zeros and nothing else
+come back as zeros, since a ReLU's backward pass reads its mask from its output. A tensor with a group whose range is
+above 8,192 or not finite stays as it is: half a level of an attention mask (0 beside -1e9, say) is more than the
+softmax, which is computed again from it, can bear.
+
+Three kinds of tensors are kept more exactly than that, as their errors would grow from layer to layer. One of two
+values, a dropout's mask, is exact in one bit for each element. Queries, keys and values on their way into attention
+have 4 bits at least, since fused attention takes the exponential of their products again. Probabilities (of a softmax,
+or views [..., T, T] of such maps) have 8, since their sums are taken for 1.
+
+In the authors' code, too, groups run through memory and parameters have 16 bits. There groups have 256 elements of one
+sample, rounding is stochastic, a ReLU keeps one exact bit, and each sample in each layer gets bits of its own, on
+average as many as were asked for, from its groups' ranges and its layer's gradients; here all tensors have the same.
 
 Paper: "ActNN: Reducing Training Memory Footprint via 2-Bit Activation Compressed Training", Jianfei Chen, Lianmin
 Zheng, Zhewei Yao, Dequan Wang, Ion Stoica, Michael W. Mahoney, Joseph E. Gonzalez, 2021, arXiv:2104.14129.
@@ -28,12 +38,17 @@ from torch import Tensor
 
 from weft.claim import Check, claim
 from weft.errors import UsageError
+from weft.kernels.bits import pack_bits, unpack_bits
+from weft.kernels.compiled import FLOATS
 from weft.kernels.groups import dequantise_groups, quantise_groups
 from weft.method import method
-from weft.session import Hold, Kept, Saved, Tape
+from weft.session import Hold, Kept, Reference, Saved, Tape
 from weft.testing.example import Example
 from weft.testing.savings import savings
 
+WIDEST = 2.0**13  # range of a group: above activations, below the -1e4 of attention masks
+# What makes heads [B, H, T, D] of a projection's output.
+SPLIT = {f"{name}Backward" for name in ("Unbind", "Transpose", "Permute", "View", "Select", "Split", "SplitWithSizes")}
 CENTRED = 2  # bits up to which levels at the centres have the smaller error
 ERRORS = {1: 1.5, 2: 0.7, 4: 0.2, 8: 0.02}  # of a gradient, by bits: about twice what small networks showed
 
@@ -79,20 +94,52 @@ class Quantise(Tape):
         self.clock += 1
         self._count = 0
 
+    def takes(self, saved: Saved) -> bool:
+        return saved.dtype in FLOATS and super().takes(saved)
+
     def pack(self, tensor: Tensor, saved: Saved) -> Kept:
         seed = None
         if self.rounding == "stochastic":
             self._count += 1
             seed = hash((self.seed, self.clock, self._count)) % 2**31
-        return Kept.of(tensor, *quantise_groups(tensor, self.bits, self.group, seed, self.centred))
+        ends = two_values(tensor) if saved.producer is None and not saved.part else None
+        if ends is not None:
+            return Kept.of(tensor, pack_bits((tensor == ends[1]).to(torch.uint8), 1), ends)
+        bits = max(self.bits, least_bits(saved))
+        centred = self.centred and bits <= CENTRED
+        codes, scale, zero = quantise_groups(tensor, bits, self.group, seed, centred)
+        if not bool((scale <= WIDEST / 2**bits).all()):  # nan where the range is not finite
+            return Kept.of(tensor, tensor)
+        return Kept.of(tensor, codes, scale, zero, meta=(bits, centred))
 
     def unpack(self, kept: Kept) -> Tensor:
+        if len(kept.tensors) == 1:
+            return kept.tensors[0]
+        if len(kept.tensors) == 2:
+            packed, ends = kept.tensors
+            return ends[unpack_bits(packed, 1, kept.shape.numel()).long()].view(kept.shape)
         codes, scale, zero = kept.tensors
-        return dequantise_groups(codes, scale, zero, kept.shape, kept.dtype, self.bits, self.group, self.centred)
+        bits, centred = kept.meta
+        return dequantise_groups(codes, scale, zero, kept.shape, kept.dtype, bits, self.group, centred)
 
     def bytes(self, shape: torch.Size, dtype: torch.dtype) -> int:
         numel = math.prod(shape)
         return math.ceil(numel * self.bits / 8) + 4 * math.ceil(numel / self.group)
+
+
+def two_values(x: Tensor) -> Tensor | None:
+    """The smaller and the larger value ``[2]`` of a tensor that has no others, or None."""
+    low, high = torch.aminmax(x)
+    return torch.stack([low, high]) if bool(((x == low) | (x == high)).all()) else None
+
+
+def least_bits(saved: Saved) -> int:
+    """Bits below which an error grows from layer to layer: of probabilities, and of what goes into fused attention."""
+    producer = (saved.producer or "").rstrip("0123456789")
+    square = len(saved.shape) > 2 and saved.shape[-1] == saved.shape[-2]
+    if producer in ("SoftmaxBackward", "SafeSoftmaxBackward") or (square and producer in SPLIT):
+        return 8
+    return 4 if len(saved.shape) == 4 and producer in SPLIT else 1
 
 
 def example() -> Example:
@@ -115,10 +162,10 @@ def _kept_as(tape: Tape, x: Tensor) -> tuple[Tensor, int]:
     "what comes back is off by half a level at most, in b bits an element and 32 for each group",
     mutants={
         "larger groups": ("= bits, group, rounding, int(seed)", "= bits, 2 * group, rounding, int(seed)"),
-        "a bit less": ("*quantise_groups(tensor, self.bits,", "*quantise_groups(tensor * 0.9, self.bits,"),
+        "a bit less": ("quantise_groups(tensor, bits,", "quantise_groups(tensor * 0.9, bits,"),
         "levels at the ends": (
-            "kept.shape, kept.dtype, self.bits, self.group, self.centred",
-            "kept.shape, kept.dtype, self.bits, self.group, False",
+            "kept.shape, kept.dtype, bits, self.group, centred",
+            "kept.shape, kept.dtype, bits, self.group, False",
         ),
         "codes on ends": ('rounding == "nearest" and bits <= CENTRED', "False"),
     },
@@ -172,6 +219,41 @@ def unbiased(seed: int) -> list[Check]:
     return [
         Check(off, 6.5, what="standard errors of the gradient's mean"),
         Check(float(bias), 6.5 + 0.5, what="standard errors of the mean of what comes back, at most"),
+    ]
+
+
+@claim(
+    "a dropout's mask is exact in one bit an element, and gradients of attention stay near at 2 bits",
+    mutants={
+        "masks as all else": ("ends = two_values(tensor)", "ends = None and two_values(tensor)"),
+        "the smaller value twice": ("torch.stack([low, high])", "torch.stack([low, low])"),
+        "probabilities as all else": ("        return 8\n", "        return 1\n"),
+    },
+)
+def masks_and_probabilities(seed: int) -> list[Check]:
+    """Bytes and values of a mask; the larger error of the gradients of logits and values, attention being narrow."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = (torch.rand(96, 64, generator=generator) < 0.9).float() / 0.9
+    with Quantise(bits=2).on(torch.nn.Identity()) as session:
+        leaf = torch.randn(96, 64, generator=generator).requires_grad_()
+        loss = (leaf * mask).sum()
+        held = session.total_bytes
+        (back,) = torch.autograd.grad(loss, leaf)
+    logits, value = (torch.randn(4, 128, n, generator=generator) for n in (128, 64))
+    into = torch.randn(4, 128, 64, generator=generator)
+    logits, value = (logits * 4).requires_grad_(), value.requires_grad_()
+
+    def gradients(tape: Tape) -> tuple[Tensor, ...]:
+        with tape.on(torch.nn.Identity()):
+            chances = logits.softmax(-1).view(4, 128, 128)
+            return torch.autograd.grad(chances @ value, [logits, value], into)
+
+    pairs = zip(gradients(Quantise(bits=2)), gradients(Reference()), strict=True)
+    off = max(float((found - wanted).norm() / wanted.norm()) for found, wanted in pairs)
+    return [
+        Check(held, 96 * 64 / 8 + 8, "==", what="bytes of the mask"),
+        Check(float((back - mask).abs().max()), 0.0, "==", what="error of the mask"),
+        Check(off, 0.7, what="gradient error of attention"),
     ]
 
 

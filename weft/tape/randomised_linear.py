@@ -41,7 +41,7 @@ def sketch_blocks(n: int, k: int, kind: str, seed: int, device: torch.device) ->
     Each block of all but "dct" is drawn after the one before it. Devices draw different numbers.
     """
     generator = torch.Generator(device).manual_seed(seed)
-    chosen = torch.randint(n, (k,), generator=generator, device=device) if kind == "dct" else None
+    chosen = torch.randint(max(1, n), (k,), generator=generator, device=device) if kind == "dct" else None
     for first in range(0, n, max(1, BLOCK // k)):
         rows = min(max(1, BLOCK // k), n - first)
         if kind == "gaussian":
@@ -191,7 +191,7 @@ def mean_of_sketches(seed: int) -> list[Check]:
     },
 )
 def other_sketches(seed: int) -> list[Check]:
-    """Relative error of the mean of 2,000; about 4.5% in theory.."""
+    """Relative error of the mean of 2,000; about 4.5% in theory."""
     dense, x, g = _case(seed)
     signs, cosines = (RandomisedLinear.from_dense(dense, kind=kind, seed=seed) for kind in ("rademacher", "dct"))
     return [

@@ -5,7 +5,8 @@ Hidden units are cut into G blocks; W1_g, b1_g are their rows of the first layer
     r = sigmoid(W_r x + b_r) in R^G,   S = the a largest of r
     y = b2 + sum_{g in S} 2 r_g W2_g act(2 r_g W1_g x + b1_g)
 
-Tokens are gathered by block, so that products are done, and hidden units kept, for a / G of the layer. By the factors
+Tokens are gathered by block, so that products are done, and hidden units kept, for a / G of the layer; kept besides are
+x, once, and a few numbers for each token and block. By the factors
 2 r_g the router gets its gradient; where r = 1/2 and every block is active, y is the dense layer's. The authors' code
 has four blocks, two of them active, and the factors on the products of the frozen layers, not of the low-rank adapters
 that it adds (adapters are other methods here). Here the factor leaves the bias b1 as it is.
@@ -28,8 +29,32 @@ from weft.convert import Convertible
 from weft.errors import Unsupported, UsageError
 from weft.measure import operations
 from weft.method import method
-from weft.ops.token_layers import POINTWISE
+from weft.ops.token_layers import POINTWISE, own_weights
+from weft.session import kept
 from weft.testing.example import Example
+
+
+class _Scaled(torch.autograd.Function):
+    """``factor * x[rows] W^T``, where x is kept whole, once for all blocks, and neither its rows nor the product."""
+
+    @staticmethod
+    def forward(x: Tensor, rows: Tensor | None, weight: Tensor, factor: Tensor) -> Tensor:
+        return factor * F.linear(x if rows is None else x[rows], weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x, rows, weight, factor), needs = ctx.saved_tensors, ctx.needs_input_grad
+        part = x if rows is None else x[rows]
+        back = grad @ weight if needs[0] or needs[3] else None  # without the factor, whose gradient needs it so
+        of_x = factor * back if needs[0] and back is not None else None
+        if of_x is not None and rows is not None:
+            of_x = torch.zeros_like(x).index_add(0, rows, of_x)
+        of_weight = (factor * grad).T @ part if needs[2] else None
+        return of_x, None, of_weight, (back * part).sum(1, True) if needs[3] and back is not None else None
 
 
 def routed(
@@ -41,7 +66,10 @@ def routed(
     active: int,
 ) -> Tensor:
     """``[N, D] -> [N, D']`` through the ``active`` blocks with the largest of the scores ``[N, G]``, each in (0, 1)."""
-    blocks = scores.shape[1]
+    blocks, kind, dtype = scores.shape[1], x.device.type, x.dtype
+    if torch.is_autocast_enabled(kind) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
+    x, scores = x.to(dtype), scores.to(dtype)
     with torch.no_grad():
         on = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, scores.topk(active, sorted=False).indices, True)
     biases = (None,) * blocks if first.bias is None else first.bias.chunk(blocks)
@@ -50,11 +78,11 @@ def routed(
     for g, (up, bias, down) in enumerate(weights):
         rows = on[:, g].nonzero().squeeze(1)
         factor = 2 * scores[rows, g, None]
-        h = factor * F.linear(x[rows], up)
-        h = act(h if bias is None else h + bias.to(h.dtype))
-        part = factor * F.linear(h, down)
+        h = _Scaled.apply(x, rows, up.to(dtype), factor)
+        h = act(h if bias is None else h + bias.to(dtype)).to(dtype)
+        part = _Scaled.apply(h, None, down.to(dtype), factor)
         out = part.new_zeros(len(x), down.shape[0]) if out is None else out
-        out = out.index_add(0, rows, part)
+        out = out.index_put((rows,), part, accumulate=True)  # index_add would keep the part
     assert out is not None
     return out if second.bias is None else out + second.bias.to(out.dtype)
 
@@ -85,6 +113,7 @@ class RoutedFeedForward(Convertible):
         shape = len(parts) == 3 and type(parts[0]) is type(parts[2]) is nn.Linear and type(parts[1]) in POINTWISE
         if not shape:
             raise Unsupported(f"{layer} is not divided into blocks", "nn.Sequential(nn.Linear, nn.GELU(), nn.Linear)")
+        own_weights(*parts)
         first = parts[0]
         if not 1 <= active <= blocks or first.out_features % blocks:
             raise UsageError(f"active={active!r} of blocks={blocks!r} for {first.out_features} hidden units")
@@ -109,10 +138,10 @@ class RoutedFeedForward(Convertible):
 
 
 def example() -> Example:
-    """Eight hidden units in four blocks, and six sequences of five tokens."""
+    """Hidden units four times the width, in four blocks, and six sequences of five tokens."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        layer, x = nn.Sequential(nn.Linear(3, 64), nn.GELU(), nn.Linear(64, 3)), torch.randn(6, 5, 3)
+        layer, x = nn.Sequential(nn.Linear(32, 128), nn.GELU(), nn.Linear(128, 32)), torch.randn(6, 5, 32)
     return Example(layer, x, torch.arange(6) % 2)
 
 
@@ -123,11 +152,21 @@ def example() -> Example:
     mutants={
         "smallest chosen": ("scores.topk(active, sorted=False)", "(-scores).topk(active, sorted=False)"),
         "one block too few": ("scores.topk(active,", "scores.topk(max(active - 1, 1),"),
-        "factor on one product": ("part = factor * F.linear(h, down)", "part = F.linear(h, down)"),
-        "bias in the factor": ("h = factor * F.linear(x[rows], up)", "h = factor * F.linear(x[rows], up, bias) - bias"),
+        "factor on one product": ("part = _Scaled.apply(h, None, down.to(dtype), factor)", "part = F.linear(h, down)"),
+        "bias in the factor": (
+            "_Scaled.apply(x, rows, up.to(dtype), factor)",
+            "factor * F.linear(x[rows], up, bias) - bias",
+        ),
         "factor untrained": ("2 * scores[rows, g, None]", "(scores + scores.detach())[rows, g, None]"),
-        "last bias for each block": ("F.linear(h, down)", "F.linear(h, down, second.bias)"),
+        "last bias for each block": (
+            "_Scaled.apply(h, None, down.to(dtype), factor)",
+            "factor * F.linear(h, down, second.bias)",
+        ),
         "factor not twice": ("factor = 2 * scores", "factor = scores"),
+        "input's gradient without the factor": ("of_x = factor * back", "of_x = back"),
+        "weight's gradient without the factor": ("(factor * grad).T @ part", "grad.T @ part"),
+        "factor's gradient from half": ("(back * part).sum(1", "(back * part)[:, ::2].sum(1"),
+        "rows of one block for another": ("index_add(0, rows, of_x)", "index_add(0, rows.flip(0), of_x)"),
     },
 )
 def masked_blocks(seed: int) -> list[Check]:
@@ -158,19 +197,30 @@ def masked_blocks(seed: int) -> list[Check]:
 
 @claim(
     "with half of the blocks active the products of both passes take half of the dense layer's operations, beside the "
-    "router's",
+    "router's, and half of the hidden units are kept, beside a few numbers for each token and block",
     row=214,
     mutants={
         "all computed": ("rows = on[:, g].nonzero().squeeze(1)", "rows = torch.arange(len(x))"),
         "one more active": ("scores.topk(active,", "scores.topk(active + 1,"),
+        "products kept": ("_Scaled.apply(h, None, down.to(dtype), factor)", "factor * F.linear(h, down)"),
+        "rows of the input kept": ("_Scaled.apply(x, rows, up.", "_Scaled.apply(x[rows], None, up."),
     },
 )
 def half_the_products(seed: int) -> list[Check]:
-    """Operations of matrix products, for inputs that need a gradient themselves."""
+    """Operations of matrix products, for inputs that need a gradient themselves; bytes kept.
+
+    Those are a factor and a row number for each of a token's two blocks, and four scores.
+    """
     torch.manual_seed(seed)
     d, wide, tokens = 3 + seed % 4, 8 * (2 + seed % 3), 10 + seed % 9
     dense = nn.Sequential(nn.Linear(d, wide), nn.GELU(), nn.Linear(wide, d))
     layer, x = RoutedFeedForward.from_dense(dense, seed=seed), torch.randn(tokens, d, requires_grad=True)
     mine = operations(lambda: layer(x).sum().backward())["total"]
     plain = operations(lambda: dense(x).sum().backward())["total"]
-    return [Check(mine, plain / 2 + 3 * 2 * tokens * d * 4, "==", "operations")]
+    with kept(layer) as count:
+        layer(x)
+    few = tokens * (2 * (4 + 8) + 4 * 4)
+    return [
+        Check(mine, plain / 2 + 3 * 2 * tokens * d * 4, "==", "operations"),
+        Check(count.peak_bytes, x.nbytes + 2 * tokens * wide // 2 * 4 + few, "==", "bytes, with GELU's in- and output"),
+    ]

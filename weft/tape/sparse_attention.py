@@ -101,10 +101,7 @@ class SparseAttention(Convertible):
 
     converts = (nn.MultiheadAttention,)
     codebook: Tensor
-    batch_first, in_proj_bias = (
-        True,
-        None,
-    )  # for torch's encoder layers: without a bias they call, not go past, this layer
+    batch_first, in_proj_bias = True, None  # without a bias torch's encoder layers call this layer, not go past it
 
     def __init__(
         self,
@@ -120,7 +117,7 @@ class SparseAttention(Convertible):
         super().__init__()
         if type(layer) is not nn.MultiheadAttention:
             raise Unsupported(f"{type(layer).__name__} is not nn.MultiheadAttention", "nn.MultiheadAttention")
-        plain = layer.in_proj_weight is not None and layer.bias_k is None and not layer.add_zero_attn
+        plain = isinstance(layer.in_proj_weight, nn.Parameter) and layer.bias_k is None and not layer.add_zero_attn
         if not (plain and layer.batch_first) or layer.dropout:
             raise Unsupported(f"{layer} is not batch first, drops out, or adds or resizes keys", "batch_first=True")
         if codeword < 1 or codewords < 1 or layer.head_dim % codeword:
@@ -146,7 +143,11 @@ class SparseAttention(Convertible):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, None]:
-        """``[B, T, D] -> [B, T, D]``, and None; keys and values are the queries unless given."""
+        """``[B, T, D] -> [B, T, D]``, or without B, and None; keys and values are the queries unless given."""
+        if query.ndim == 2:
+            key, value, key_padding_mask = (None if t is None else t[None] for t in (key, value, key_padding_mask))
+            out, _ = self(query[None], key, value, key_padding_mask, attn_mask=attn_mask, is_causal=is_causal)
+            return out[0], None
         if attn_mask is not None and not is_causal:
             raise Unsupported("a mask of each query's own", "is_causal=True, or key_padding_mask of bools")
         ignore = key_padding_mask
@@ -267,7 +268,7 @@ def bytes_kept(seed: int) -> list[Check]:
         "furthest among equals": ("- 2 * (row - column).abs()", "+ 2 * (row - column).abs()", "weft.ops.product_codes"),
         "farthest codeword": (".argmin(-1)", ".argmax(-1)", "weft.ops.product_codes"),
         "Euclidean": ("w, p=1)", "w, p=2)", "weft.ops.product_codes"),
-        "future chosen": ("rank.masked_fill(column > row, -8 * size)", "rank", "weft.ops.product_codes"),
+        "future chosen": ("rank.masked_fill(column > row, lowest)", "rank", "weft.ops.product_codes"),
     },
 )
 def keys_chosen(seed: int) -> list[Check]:

@@ -36,7 +36,7 @@ from weft.errors import Unsupported, UsageError
 from weft.measure import operations
 from weft.method import method
 from weft.ops.memory_plan import fraction, placement
-from weft.ops.token_layers import token_layers
+from weft.ops.token_layers import call, own_weights, token_layers, weights
 from weft.session import kept
 from weft.testing.example import Example
 
@@ -56,95 +56,99 @@ class _Block:
 
     def __init__(self, layers: list[nn.Module], keep: int, target: Target | None, count: Callable[[int], None]) -> None:
         self.layers, self.keep, self.target, self.count = layers, keep, target, count
-        self.rows: list[Tensor] = []
-        self.fetch: list[Callable[[], Tensor]] = []
-        self.autocast: Any = None
-        self.nbytes = 0
+        self.fetch, self.autocast = list[Callable[[], Tensor]](), dict[str, Any]()
 
     def cut(self, a: Tensor) -> Tensor:
         return a if self.keep == a.shape[-2] else a[..., : self.keep, :].clone()  # a view would hold all tokens
 
 
 class _TokenWise(torch.autograd.Function):
-    @staticmethod
-    def forward(x: Tensor, block: _Block, *params: Tensor) -> Tensor:
-        a, kind = x.detach(), x.device.type
-        block.autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
-        for number, layer in enumerate(block.layers):
-            if number and block.keep:
-                block.rows.append(block.cut(a))
-                block.nbytes += block.rows[-1].nbytes
-            a = layer(a)
-        return a
+    """The block's output and the rows that are kept, which have no derivative."""
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, ctx.block, *params = inputs
-        rows, ctx.block.rows = ctx.block.rows, []
+    def forward(x: Tensor, block: _Block, *params: Tensor) -> tuple[Tensor, ...]:
+        a, kind, rows, given = x.detach(), x.device.type, list[Tensor](), iter(params)
+        block.autocast = {"device_type": kind, "dtype": torch.get_autocast_dtype(kind)}
+        block.autocast["enabled"] = torch.is_autocast_enabled(kind)
+        for number, layer in enumerate(block.layers):
+            if number and block.keep:
+                rows.append(block.cut(a))
+            a = call(layer, a, [next(given) for _ in weights(layer)])
+        return a, *rows
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        (x, ctx.block, *params), rows = inputs, output[1:]
+        ctx.mark_non_differentiable(*rows)
+        ctx.set_materialize_grads(False)  # zeros in the place of the rows' gradients would take as much as the rows
         if ctx.block.target is not None:
-            ctx.block.fetch, rows = [ctx.block.target(one) for one in rows], []
-        ctx.save_for_backward(x, *params, *rows)  # the parameters, so that a change before the backward pass is noticed
+            ctx.block.fetch, rows = [ctx.block.target(one) for one in rows], ()
+        ctx.save_for_backward(x, *params, *rows)  # the parameters as they are now, and not what the layers have later
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        block, needs, (x, *rows) = ctx.block, ctx.needs_input_grad, ctx.saved_tensors
-        rows = [fetch() for fetch in block.fetch] or rows[len(needs) - 2 :]
-        kind, dtype, enabled = block.autocast
-        with torch.autocast(kind, dtype, enabled, cache_enabled=False):
-            inner = [x, *_inner(block, x, rows)]
-            return _backward(block.layers, inner, grad, needs)
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        block, needs, (x, *saved) = ctx.block, ctx.needs_input_grad, ctx.saved_tensors
+        if grad is None:
+            return (None,) * len(needs)
+        params, rows = saved[: len(needs) - 2], saved[len(needs) - 2 :]
+        if block.target is not None:  # it has done with them: a second backward pass computes all tokens again
+            rows, block.fetch = [fetch() for fetch in block.fetch], []
+        with torch.autocast(**block.autocast, cache_enabled=False):
+            return _backward(block.layers, [x, *_inner(block, x, rows, params)], grad, needs, params)
 
 
-def _inner(block: _Block, x: Tensor, rows: list[Tensor]) -> list[Tensor]:
+def _inner(block: _Block, x: Tensor, rows: list[Tensor], params: list[Tensor]) -> list[Tensor]:
     """The inputs of all layers but the first, for all tokens."""
-    if block.keep == x.shape[-2]:
+    keep, given = block.keep if rows else 0, iter(params)
+    if keep == x.shape[-2]:
         return rows
-    again, inner = x.detach()[..., block.keep :, :], list[Tensor]()
+    again, inner = x.detach()[..., keep:, :], list[Tensor]()
     block.count(math.prod(again.shape[:-1]))
     for number, layer in enumerate(block.layers[:-1]):
-        again = layer(again)
-        inner.append(torch.cat([rows[number], again], -2) if block.keep else again)
+        again = call(layer, again, [next(given) for _ in weights(layer)])
+        inner.append(torch.cat([rows[number], again], -2) if keep else again)
     return inner
 
 
 def _backward(
-    layers: list[nn.Module], inner: list[Tensor], grad: Tensor | None, needs: tuple[bool, ...]
+    layers: list[nn.Module], inner: list[Tensor], grad: Tensor | None, needs: tuple[bool, ...], given: list[Tensor]
 ) -> tuple[Tensor | None, ...]:
     """Gradients in the order of the function's arguments, layer by layer from the last."""
-    found: list[Tensor | None] = []
-    first = len(needs)
+    found, last = list[Tensor | None](), len(given)
     for number in range(len(layers) - 1, -1, -1):
         layer, a, below = layers[number], inner.pop(), number > 0 or needs[0]
-        params = list(layer.parameters())
-        first -= len(params)
-        wanted = needs[first:][: len(params)]
+        first = last - len(weights(layer))
+        params, wanted, last = given[first:last], needs[2 + first : 2 + last], first
         if type(layer) is nn.Linear:
-            grad, of = _linear(layer, a, grad, (below, *wanted))
+            grad, of = _linear(a, grad, params, (below, *wanted))
         else:
             with torch.enable_grad():
                 a = a.detach().requires_grad_(below)
-                leaves = [a] * below + [p for p, want in zip(params, wanted, strict=True) if want]
-                results = iter(torch.autograd.grad(layer(a.view_as(a)), leaves, grad) if leaves else ())
+                params = [p.detach().requires_grad_(want) for p, want in zip(params, wanted, strict=True)]
+                leaves = [t for t in (a, *params) if t.requires_grad]
+                results = iter(torch.autograd.grad(call(layer, a.view_as(a), params), leaves, grad) if leaves else ())
             grad = next(results) if below else None
             of = [next(results) if want else None for want in wanted]
         found = of + found
     return grad, None, *found
 
 
-def _linear(layer: nn.Linear, a: Tensor, grad: Any, wanted: tuple[bool, ...]) -> tuple[Any, list[Tensor | None]]:
+def _linear(a: Tensor, grad: Any, params: list[Tensor], wanted: tuple[bool, ...]) -> tuple[Any, list[Tensor | None]]:
     """Gradients of the input and of the parameters, without the forward product."""
-    flat, of = grad.flatten(0, -2), list[Tensor | None]()
+    flat = grad.flatten(0, -2)
     with torch.autocast(grad.device.type, enabled=False):
-        of.append((flat.T @ a.flatten(0, -2).to(grad.dtype)).to(layer.weight.dtype) if wanted[1] else None)
-        if layer.bias is not None:
-            of.append(flat.sum(0).to(layer.bias.dtype) if wanted[2] else None)
-        return (grad @ layer.weight.to(grad.dtype)).to(a.dtype) if wanted[0] else None, of
+        of = [(flat.T @ a.flatten(0, -2).to(grad.dtype)).to(params[0].dtype) if wanted[1] else None]
+        of += [flat.sum(0).to(p.dtype) if want else None for p, want in zip(params[1:], wanted[2:], strict=True)]
+        return (grad @ params[0].to(grad.dtype)).to(a.dtype) if wanted[0] else None, of
 
 
 @method("token-wise", contract="layer", family="tape", papers=[367], tags={"same-forward"})
 class TokenWise(Convertible):
     """A token-wise ``nn.Sequential`` (a transformer's feed-forward part) that keeps a fraction of the tokens.
+
+    Differentiable once, and not by transforms of ``torch.func``, which raise; torch refuses to change the output in
+    place where the last layer is linear.
 
     Attributes:
         offloaded_bytes: of the last forward pass that kept anything.
@@ -153,7 +157,8 @@ class TokenWise(Convertible):
     Args:
         layer: linear layers, elementwise activations and norms over the last dimension; it is used, not copied.
         fraction: alpha, of the tokens of ``x [..., T, D]``, the first ones.
-        target: where kept rows go: called with a tensor, it returns what gives the tensor back. None: saved tensors.
+        target: where kept rows go: called with a tensor, it returns what gives the tensor back, and is dropped by the
+            first backward pass (a second one, by ``retain_graph``, computes all tokens again). None: saved tensors.
 
     Raises:
         Unsupported: for other layers, in place or with dropout; see `weft.ops.token_layers`.
@@ -168,7 +173,7 @@ class TokenWise(Convertible):
             raise UsageError(f"fraction={fraction!r}; it is from 0 to 1")
         if type(layer) is not nn.Sequential:
             raise Unsupported(f"{type(layer).__name__} is no chain of layers", "an nn.Sequential")
-        token_layers(layer)
+        own_weights(*token_layers(layer))
         self.layers, self.fraction, self.target = layer, float(fraction), target
         self.offloaded_bytes = self.recomputed_tokens = 0
 
@@ -180,12 +185,12 @@ class TokenWise(Convertible):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., T, D] -> [..., T, D']``."""
         layers = token_layers(self.layers)
-        params = [p for layer in layers for p in layer.parameters()]
-        if x.ndim < 2 or not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *params))):
+        params = [p for layer in layers for p in weights(layer).values()]
+        if x.ndim < 2 or not layers or not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *params))):
             return self.layers(x)
         block = _Block(layers, round(self.fraction * x.shape[-2]), self.target, self._count)
-        out: Tensor = _TokenWise.apply(x, block, *params)
-        self.offloaded_bytes = block.nbytes
+        out, *rows = _TokenWise.apply(x, block, *params)
+        self.offloaded_bytes = sum(row.nbytes for row in rows)
         return out
 
     def _count(self, tokens: int) -> None:
@@ -209,10 +214,10 @@ def example() -> Example:
         "the other tokens kept": ("a[..., : self.keep, :].clone()", "a[..., -self.keep :, :].clone()"),
         "a view kept": ("a[..., : self.keep, :].clone()", "a[..., : self.keep, :]"),
         "joined in another order": ("torch.cat([rows[number], again], -2)", "torch.cat([again, rows[number]], -2)"),
-        "computed twice": ("again = layer(again)", "again, _ = layer(again), layer(again)"),
+        "computed twice": ("again = call(layer, again,", "layer(again); again = call(layer, again,"),
         "everything kept": ("round(self.fraction * x.shape[-2])", "x.shape[-2]"),
         "nothing kept": ("round(self.fraction * x.shape[-2])", "0"),
-        "the forward product again": ("grad, of = _linear(", "layer(a); grad, of = _linear("),
+        "the forward product again": ("grad, of = _linear(a", "layer(a); grad, of = _linear(a"),
     },
 )
 def straight_lines(seed: int) -> list[Check]:
@@ -221,8 +226,7 @@ def straight_lines(seed: int) -> list[Check]:
     d, wide, tokens = 4 + seed % 3, 7 + seed % 4, 4 * (2 + seed % 3)
     chain = [nn.LayerNorm(d), nn.Linear(d, wide), nn.GELU(), nn.Linear(wide, wide), nn.Tanh(), nn.Linear(wide, d)]
     dense = nn.Sequential(*chain).double()
-    x, errors = torch.randn(2, 3, tokens, d, dtype=torch.float64)
-    x = x.clone().requires_grad_()
+    x, errors = torch.randn(3, tokens, d).double().requires_grad_(), torch.randn(3, tokens, d).double()
     leaves = [x, *dense.parameters()]
     wanted, checks, moved = torch.autograd.grad(dense(x), leaves, errors), list[Check](), list[int]()
 

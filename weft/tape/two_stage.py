@@ -4,8 +4,8 @@
 
 Inside `deferred()`, ``loss.backward()`` does p1 alone and holds z_{l-1} and d_l of every layer with weights; `finish()`
 does p2, in the order of p1. Outside, the backward pass is the ordinary one. Held are, for each micro-batch, the layers'
-inputs for longer, and d_l besides; what p1 alone needs (masks, variances) is freed by it. A LayerNorm is divided into
-its normalisation, which has no weights, and its affine part.
+inputs for longer (as a tape unpacked them, where one had packed them), and d_l besides; what p1 alone needs (masks,
+variances) is freed by it. A LayerNorm is divided into its normalisation, which has no weights, and its affine part.
 
 As in the paper, the held tensors of one layer may be joined, so that p2 is one larger product: the same sum, rounded
 differently. Its layers are written by hand, outside autograd; here only p2 leaves it, and comes back at the parameters.
@@ -48,8 +48,10 @@ class Later:
 
     def hold(self, op: Linear, owners: tuple[nn.Parameter | None, ...], x: Tensor | None, grad: Tensor) -> None:
         """Called by layers in p1; ``owners`` are the weight and the bias, None where it is not trained."""
+        x = None if x is None else x.detach()  # the version stays shared, the graph behind does not stay alive
         self._held.append((op, owners, x, grad, _version(x, grad)))
 
+    @torch.no_grad()
     def finish(self, *, joined: bool = False) -> None:
         """The second stage: adds to ``.grad`` of the parameters what p1 left out.
 
@@ -151,7 +153,8 @@ class TwoStage(Convertible):
     """A layer whose weight gradients can wait, see `deferred`; its parameters are those of the layer given.
 
     Until `Later.finish` a deferred parameter's ``.grad`` lacks its part: clip, exchange and step after it. Hooks on
-    parameters run in both stages (in p1 they find ``.grad`` as it was), so gradients cannot be exchanged by hooks.
+    parameters run in both stages, so gradients cannot be exchanged by hooks: in p1 those of ``register_hook`` are given
+    None, and the others find ``.grad`` as it was.
 
     Raises:
         Unsupported: for layers other than `weft.ops.weight_gradients.operation` takes.
@@ -171,9 +174,8 @@ class TwoStage(Convertible):
         return cls(layer, **options)
 
     def forward(self, x: Tensor) -> Tensor:
-        """As the layer itself; inputs without a batch dimension too."""
-        kind, weight, bias = x.device.type, self.weight, self.bias
-        single = x.ndim < self.op.least
+        """As the layer itself; torch refuses to change a linear layer's output in place where it has 3 dimensions."""
+        kind, weight, bias, single = x.device.type, self.weight, self.bias, x.ndim < self.op.least
         x = self.op.before(x[None] if single else x)
         if self.op.cast and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(kind)
