@@ -1,4 +1,4 @@
-"""``python -m benchmarks [steps] [memory] [loop] [mnist] [peers]``: the first three by default; a few minutes each.
+"""``python -m benchmarks [steps] [memory] [loop] [keeping] [tapes] [mnist] [peers]``: by default the first four.
 
 Every file of results holds the figures with the environment (commit, machine, versions) that they were measured in.
 """
@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import loop, memory, mnist, peers, steps, tapes
+from benchmarks import keeping, loop, memory, mnist, peers, steps, tapes
 from weft import measure
 
 PARTS = {"steps": steps.run, "memory": memory.run, "loop": loop.run, "mnist": mnist.run, "peers": peers.run}
-PARTS["tapes"] = tapes.run
+PARTS |= {"tapes": tapes.run, "keeping": keeping.run}
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -24,7 +24,7 @@ def main() -> None:
     """Run the parts asked for, one after another, on one thread."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("parts", nargs="*", choices=[[], *PARTS], default=[], metavar="PART", help=", ".join(PARTS))
-    chosen = parser.parse_args().parts or ["steps", "memory", "loop"]
+    chosen = parser.parse_args().parts or ["steps", "memory", "loop", "keeping"]
     torch.set_num_threads(1)
     for name in chosen:
         rows = PARTS[name](lambda line: print(line, file=sys.stderr, flush=True))  # noqa: T201

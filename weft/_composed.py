@@ -37,6 +37,10 @@ class Composition(Tape):
     def clock(self, step: int) -> None:
         self.left.clock = self.right.clock = step
 
+    @property
+    def outside_bytes(self) -> int:  # type: ignore[override]
+        return self.left.outside_bytes + self.right.outside_bytes
+
     def enter(self, hold: Hold) -> None:
         self.left.enter(hold)
         try:
@@ -132,6 +136,10 @@ class Routed(Tape):
     def clock(self, step: int) -> None:
         for _, tape in self.routes:
             tape.clock = step
+
+    @property
+    def outside_bytes(self) -> int:  # type: ignore[override]
+        return sum(tape.outside_bytes for _, tape in self.routes)
 
     def enter(self, hold: Hold) -> None:
         with ExitStack() as undo:

@@ -253,7 +253,8 @@ class Probe:
         step, parameters = self.step(model, rows, tape), list(model.parameters())
         made = measure.peak_bytes(step, parameters=parameters) - alone.walk(every, rows)
         there = measure.peak_bytes(step, parameters=parameters, gradients=False) - alone.walk(every, rows, False)
-        return made, there
+        beside = 0 if tape is None else tape.outside_bytes
+        return made + beside, there + beside
 
     def _fresh(self, model: nn.Module, rows: int, tape: Tape | None = None) -> Callable[[], None]:
         step = self.step(model, rows, tape)

@@ -228,7 +228,10 @@ class Runner:
         measures: dict[str, Callable[[], Any]] = {
             "step_ratio": lambda: measure.step_ratio(stepper(mine, tape), stepper(plain)).ratio,
             "kept_bytes": kept,
-            "peak_bytes": lambda: measure.peak_bytes(stepper(mine, tape), parameters=mine.trainable()),
+            "peak_bytes": lambda: (
+                measure.peak_bytes(stepper(mine, tape), parameters=mine.trainable())
+                + (0 if tape is None else tape.outside_bytes)
+            ),
             "passes": lambda: _passes(one, mine, stepper(mine, tape), x, len(y)),
         }
         for name, call in measures.items():

@@ -82,6 +82,8 @@ class Tape(ABC):
             the tape answers for; 0 where it is exact. The contract's checks hold it to that.
         clock: a number that a training loop sets to its step, so that what a tape draws at random depends on the
             step and not on what ran before; else it counts the sessions.
+        outside_bytes: the most that the last session held at once outside of torch's memory, where
+            `weft.measure.peak_bytes` does not see it; `weft.measure.take_apart` and `weft.plan` add it to their peaks.
         patterns: globs of modules that the tape chooses by; each must match a module of the session's model.
     """
 
@@ -90,6 +92,7 @@ class Tape(ABC):
     error: float = 0.0
     clock: int = 0
     patterns: tuple[str, ...] = ()
+    outside_bytes: int = 0
 
     def __str__(self) -> str:
         return type(self).__name__

@@ -242,7 +242,9 @@ def take_apart(
         own = twin if any(p in set(twin.parameters()) for p in trained) or twin_rule is None else watched
         walked = passes(step, lambda: own(*x) if isinstance(x, tuple) and own is twin else own(x), own, len(y))
         inside = peak_bytes(step, parameters=trained)
+        inside += 0 if tape is None else tape.outside_bytes
         outside = peak_bytes(step, parameters=trained, gradients=False)
+        outside += 0 if tape is None else tape.outside_bytes
     plain = twin_rule is None
     reason = "a rule's step does not divide into one forward and one backward pass"
     return StepReport(

@@ -230,7 +230,7 @@ def _verified(
     model, tape = probe.changed(names)
     step = probe.step(model, probe.rows, tape, parts)
     parameters = list(model.parameters())
-    peak = measure.peak_bytes(step, parameters=parameters)
+    peak = measure.peak_bytes(step, parameters=parameters) + (0 if tape is None else tape.outside_bytes)
     held = max(measure.kept_bytes(step, model).peak_bytes, 0)
 
     def fresh() -> None:

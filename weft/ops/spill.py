@@ -15,11 +15,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from weft.errors import WeftError
 from weft.session import Hold
+
+
+def flat_memory(nbytes: int) -> Tensor:
+    """A uint8 tensor ``[nbytes]`` in numpy's memory.
+
+    Profilers watch torch's memory by thread: of what one thread allocates and another frees they see one half.
+    """
+    return torch.from_numpy(np.empty(nbytes, np.uint8))
 
 
 class Block:
@@ -60,7 +69,7 @@ class SpillFile:
             ) from error
         self.folder, self.most, self.hold = folder, most, hold
         self.end, self.free = 0, dict[int, list[int]]()  # where the file ends; offsets to use again, by size
-        self.blocks, self.in_memory, self.open = 0, 0, True
+        self.blocks, self.in_memory, self.most_held, self.open = 0, 0, 0, True
         self.jobs, self.discarded = deque[Block](), deque[Block]()
         self.failed: Exception | None = None
         self.last: Callable[[], Block | None] = lambda: None
@@ -91,6 +100,7 @@ class SpillFile:
             self.last = weakref.ref(block)
             self.blocks += 1
             self.in_memory += size
+            self.most_held = max(self.most_held, self.in_memory)
             block.release = self.hold(data, place)
             self.jobs.append(block)
             self.change.notify_all()
@@ -151,6 +161,7 @@ class SpillFile:
                     return
                 before.busy = True
                 self.in_memory += before.nbytes  # now, so that what is read together fits together
+                self.most_held = max(self.most_held, self.in_memory)
                 self.jobs.append(before)
                 self.change.notify_all()
             before = None if before.previous is None else before.previous()
@@ -229,7 +240,7 @@ class SpillFile:
 
     def _read(self, block: Block) -> Tensor:
         assert self.file is not None
-        data = torch.empty(block.nbytes, dtype=torch.uint8)
+        data = flat_memory(block.nbytes)
         rest, offset = _bytes(data), block.offset
         while rest:
             try:

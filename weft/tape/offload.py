@@ -29,7 +29,7 @@ from torch import Tensor
 from weft.claim import Check, claim
 from weft.errors import UsageError, WeftError
 from weft.method import method
-from weft.ops.spill import Block, SpillFile
+from weft.ops.spill import Block, SpillFile, flat_memory
 from weft.session import Hold, Kept, Saved, Tape
 from weft.testing.example import Example
 from weft.testing.savings import savings
@@ -72,6 +72,7 @@ class Offload(Tape):
 
     def leave(self) -> None:
         file, self._file = self._file, None
+        self.outside_bytes = 0 if file is None else file.most_held
         if file is not None:
             file.close()
 
@@ -81,7 +82,7 @@ class Offload(Tape):
     def pack(self, tensor: Tensor, saved: Saved) -> Kept:
         if self._file is None:
             raise WeftError(f"{self} packs inside a session only: with tape.on(model): ...")
-        flat = torch.empty(tensor.numel() * tensor.element_size(), dtype=torch.uint8)
+        flat = flat_memory(tensor.numel() * tensor.element_size())
         flat.view(tensor.dtype).view(tensor.shape).copy_(tensor)  # a copy: later changes in place cannot reach it
         block = self._file.put(flat, saved.module)
         return Kept.of(tensor, meta=_Handle(self._file, block))

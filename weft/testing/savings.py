@@ -74,6 +74,7 @@ def savings(
         peak_bytes(functools.partial(_add, model, x, y, t), parameters=parameters, gradients=False)
         for t in (None, tape)
     ]
+    peaks[1] += tape.outside_bytes
     result: dict[str, Any] = {
         "kept": plain / max(1, changed),
         "peak": peaks[0] / peaks[1],
