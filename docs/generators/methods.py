@@ -106,7 +106,7 @@ def tag_table() -> str:
 def rule_table() -> str:
     """Every rule: what it does, what it needs of the model, what it cannot do."""
     parts = []
-    for card in cards():
+    for card in (one for one in cards() if one.family == "rules"):
         if card.contract != "rule":
             kind = {"layer": "Takes the place of a layer", "solver": "Finds all weights in one call of `fit`"}
             if card.contract in kind:
