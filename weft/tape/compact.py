@@ -279,5 +279,5 @@ def adam_on_the_compressed(seed: int) -> list[Check]:
         moments = adam.state[layer.compact]["exp_avg"].numel()
         layer.to_dense()
         for p, wanted in zip((layer.weight, layer.get_parameter("bias")), (w, b), strict=True):
-            errors.append(float((p - wanted).abs().max()))
+            errors.append(float((p.detach() - wanted).abs().max()))
     return [Check(max(errors), 1e-6, what="weight and bias"), Check(moments * 4, w.numel(), "==", "moments")]
