@@ -224,3 +224,17 @@ def test_tapes_for_different_modules():
         pass
     with pytest.raises(UsageError, match="needs where="):
         read_tape("quantise; offload:where=0")
+
+
+def test_swaps_inside_of_swapped_layers_are_undone_too():
+    net, x = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.GELU()), nn.Linear(4, 2)), torch.randn(3, 4)
+    plain = net(x)
+    weft.convert_(net, Scaled.options(factor=3.0), where="0.*")
+    weft.convert_(net, weft.tape.Checkpoint, where="0")
+    assert not torch.equal(net(x), plain)
+    assert sorted(weft.restore_(net)) == ["0", "0.0"] and torch.equal(net(x), plain)
+    assert not any(isinstance(m, Convertible) for m in net.modules())
+
+
+def test_globs_are_text():
+    assert parse("checkpoint:where=*.mlp") == ("checkpoint", {"where": "*.mlp"})

@@ -10,7 +10,7 @@ import weft
 from weft import measure
 from weft._choices import Costs, Line, Way, enumerated, fastest
 from weft.errors import DataError, UsageError
-from weft.planning import read_bytes
+from weft.specs import read_bytes
 
 
 @pytest.fixture(autouse=True)
@@ -148,3 +148,11 @@ def test_the_recipe_is_carried_out(tmp_path):
     result = weft.run(tmp_path / "recipe.yaml")
     assert result["recipe"]["tape"] == found["tape"] and result["recipe"]["accumulate"] == found["accumulate"]
     assert result["accuracy"] > 0.85 and found["settings"]["model"] == "mlp"
+
+
+def test_tapes_for_some_blocks_are_recipes_too():
+    how = {"model": "mlp", "rule": "backprop", "epochs": 2, "seed": 1, "tape": "quantise:bits=2,where=2 1"}
+    losses = [weft.run(how | {"tape": tape})["loss"] for tape in (how["tape"], None)]
+    assert losses[0] != losses[1]
+    with pytest.raises(UsageError, match="where='9' matches no module of Backprop; nearest: .*'0'"):
+        weft.run(how | {"tape": "quantise:bits=2,where=9"})

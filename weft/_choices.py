@@ -193,6 +193,37 @@ def fastest(
     return [int(o) for o in found.x[:count].reshape(blocks, ways).argmax(1)]
 
 
+def best_in_parts(
+    costs: Costs, rows: int, room: float, counts: list[int], error: float | None, seconds: float | None
+) -> tuple[list[int], int] | None:
+    """The fastest choice for a step of ``rows`` over all numbers of micro-batches in ``counts``, and that number."""
+    found: list[tuple[float, int, list[int]]] = []
+    for parts in counts:
+        share = -(-rows // parts)
+        limit = None if seconds is None else seconds / parts
+        choice = fastest(costs, share, room, error, limit, parts) if room > 0 else None
+        if choice is not None:
+            lossy = sum(costs.ways[o].errors[g] > 0 for g, o in enumerate(choice)) / len(choice)
+            found.append((parts * costs.time(choice, share) + TIE * lossy * costs.seconds.at(rows), parts, choice))
+    if not found:
+        return None
+    _, parts, choice = min(found)
+    return choice, parts
+
+
+def nearest(
+    costs: Costs, rows: int, counts: list[int], error: float | None, seconds: float | None
+) -> tuple[list[int], int]:
+    """The choice with nearly the smallest peak: the budget is halved between one that fits and one that does not."""
+    low, high = 0.0, 4 * max(1.0, costs.peak([0] * len(costs.ways[0].kept), rows))
+    best = best_in_parts(costs, rows, high, counts, error, seconds) or ([0] * len(costs.ways[0].kept), 1)
+    for _ in range(12):
+        middle = (low + high) / 2
+        found = best_in_parts(costs, rows, middle, counts, error, seconds)
+        best, low, high = (best, middle, high) if found is None else (found, low, middle)
+    return best
+
+
 def enumerated(
     costs: Costs,
     rows: float,

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import time
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,38 +14,15 @@ from torch import Tensor, nn
 
 from weft import measure
 from weft._choices import Costs, Line, Way
+from weft._ways import QUEUE, WAYS, spelled
 from weft.convert import restore_
 from weft.errors import Unsupported, UsageError, WeftError
 from weft.session import Tape, kept
-from weft.specs import apply_conversions, parse, read_tape
+from weft.specs import apply_conversions, read_tape
 
 MOST = 20  # blocks
 LARGE = 0.2  # of the kept bytes: a block that keeps more is divided, if its parts keep nearly all of it
 Loss = Callable[[Tensor, Tensor], Tensor]
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """A way to keep less as text: a tape, layers to swap inside each block, or the block itself; whether exact."""
-
-    tape: str | None = None
-    inside: tuple[str, ...] = ()
-    block: str | None = None
-    exact: bool = False
-
-
-WAYS: dict[str, Recipe] = {
-    "plain": Recipe(exact=True),
-    "8 bits": Recipe("quantise:bits=8"),
-    "4 bits": Recipe("quantise:bits=4"),
-    "2 bits": Recipe("quantise:bits=2"),
-    "few-bit activations": Recipe(inside=("few-bit-activation:bits=3",)),
-    "few-bit activations, 4 bits": Recipe("quantise:bits=4", ("few-bit-activation:bits=3",)),
-    "offload": Recipe("offload:queue_bytes={queue}", exact=True),
-    "4 bits, offload": Recipe("quantise:bits=4 | offload:queue_bytes={queue}"),
-    "checkpoint": Recipe(block="checkpoint", exact=True),
-}
-QUEUE = 2**24
 
 
 def rows_of(x: Any) -> int:
@@ -58,28 +35,6 @@ def head(x: Any, rows: int) -> Any:
     if isinstance(x, tuple):
         return tuple(t[:rows].clone() if isinstance(t, Tensor) and t.ndim and len(t) == rows_of(x) else t for t in x)
     return x[:rows].clone()
-
-
-def spelled(
-    choice: Mapping[str, str], leaves: Container[str], queue: int = QUEUE
-) -> tuple[str | None, list[dict[str, Any]]]:
-    """The tape, as text, and the conversions of a way for each block; ``leaves`` are the blocks without parts."""
-    by_tape: dict[str, list[str]] = {}
-    conversions: list[dict[str, Any]] = []
-    for block, name in choice.items():
-        recipe = WAYS[name]
-        if recipe.tape is not None:
-            by_tape.setdefault(recipe.tape.format(queue=queue), []).append(block)
-        where = block if block in leaves else f"{block}.*"
-        for layer, options in map(parse, recipe.inside):
-            conversions.append({"layer": layer, "options": options, "where": where})
-        if recipe.block is not None:
-            conversions.append({"layer": recipe.block, "options": {}, "where": block})
-    routes = []
-    for tape, blocks in by_tape.items():
-        first, *rest = tape.split(" | ")
-        routes.append(" | ".join([f"{first}{',' if ':' in first else ':'}where={' '.join(blocks)}", *rest]))
-    return "; ".join(routes) or None, conversions
 
 
 class Probe:
@@ -196,12 +151,12 @@ class Probe:
         lines_of = [Line.through(list(zip(sizes, found, strict=True))) for found in (work, adding)]
         ways = [dataclasses.replace(first, work=lines_of[0], adding=lines_of[1])]
         share = [k / max(1.0, sum(base_kept[-1][:-1])) for k in base_kept[-1][:-1]]
-        wanted = self._gradients(plain, sizes[0])
-        for name, recipe in WAYS.items():
+        wanted = self.gradients(plain, sizes[0])
+        for name, spec in WAYS.items():
             if name == "plain" or not (found := self._possible(name)):
                 continue
             tell(name)
-            part = forward if recipe.block else share
+            part = forward if spec.block else share
             ways.append(self._way(costs, name, found, ways[0], part, wanted))
         return dataclasses.replace(costs, ways=tuple(ways))
 
@@ -227,16 +182,15 @@ class Probe:
         possible = tuple(block in blocks for block in self.blocks)
         whole = sum(s for s, p in zip(share, possible, strict=True) if p) or 1.0
         parts = [s / whole if p else 0.0 for s, p in zip(share, possible, strict=True)]
-        found = self._gradients(self.changed(chosen)[0], rows, tape) if not WAYS[name].exact else wanted
-        off = sum(float((found[n] - g).double().square().sum()) for n, g in wanted.items() if n in found)
-        size = sum(float(g.double().square().sum()) for g in wanted.values()) or 1.0
+        found = self.gradients(self.changed(chosen)[0], rows, tape) if not WAYS[name].exact else wanted
+        off = squared_error(found, wanted)
         again = tuple(plain.kept) if WAYS[name].block else tuple(Line() for _ in parts)
         way = Way(
             name,
             tuple(Line(0.0, k / rows) for k in held[:-1]),
             again,
             tuple(Line(0.0, extra * s / rows) for s in parts),
-            tuple(off / size * s for s in parts),
+            tuple(off * s for s in parts),
             Line(),
             Line(),
             possible,
@@ -270,7 +224,7 @@ class Probe:
         step = self._fresh(model, rows)
         return measure.step_ratio(step, step, rounds=3, warmup=1).seconds
 
-    def _gradients(self, model: nn.Module, rows: int, tape: Tape | None = None) -> dict[str, Tensor]:
+    def gradients(self, model: nn.Module, rows: int, tape: Tape | None = None) -> dict[str, Tensor]:
         """Of a step, by the plain model's names."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -298,6 +252,13 @@ class Probe:
                 self._fresh(self.model, self.sizes[0])()
         whole = sum(spent.values()) or 1.0
         return [s / whole for s in spent.values()]
+
+
+def squared_error(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
+    """The square of the relative error, in norm, of gradients by name; one that is missing counts as zero."""
+    size = sum(float(g.double().square().sum()) for g in wanted.values()) or 1.0
+    off = sum(float((g - found.get(n, torch.zeros_like(g))).double().square().sum()) for n, g in wanted.items())
+    return off / size
 
 
 def _part(x: Any, i: int, parts: int) -> Any:

@@ -134,14 +134,16 @@ def restore_(model: nn.Module) -> list[str]:
     Raises:
         Unsupported: when a layer has no ordinary form any more; the model is then as it was.
     """
-    back: dict[int, nn.Module] = {}
-    found = [(name, parent, key, child) for name, parent, key, child in _places(model) if _ORIGINAL in vars(child)]
-    for _, _, _, child in found:
-        if id(child) not in back:
-            back[id(child)] = _back(child)
-    for _, parent, key, child in found:
-        setattr(parent, key, back[id(child)])
-    return [name for name, *_ in found]
+    names: list[str] = []
+    while found := [place for place in _places(model) if _ORIGINAL in vars(place[3])]:
+        back: dict[int, nn.Module] = {}
+        for _, _, _, child in found:
+            if id(child) not in back:
+                back[id(child)] = _back(child)
+        for name, parent, key, child in found:
+            setattr(parent, key, back[id(child)])
+            names.append(name)
+    return list(dict.fromkeys(names))  # what was swapped inside of a swapped layer comes in the next round
 
 
 def _back(swapped: nn.Module) -> nn.Module:

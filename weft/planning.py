@@ -15,17 +15,19 @@ from torch import Tensor, nn
 
 from weft import data as data_sets
 from weft import measure, models
-from weft._choices import TIE, Costs, fastest
+from weft._choices import Costs, best_in_parts, nearest
 from weft._explaining import sentences
-from weft._probes import Loss, Probe, rows_of, spelled
+from weft._probes import Loss, Probe, rows_of, squared_error
+from weft._ways import spelled
 from weft.errors import DataError, UsageError
 from weft.folders import write
 from weft.recipe import Recipe
 from weft.session import Tape
-from weft.specs import apply_conversions, read_tape
+from weft.specs import apply_conversions, read_bytes, read_tape
 
 STATE = {"sgd": 0, "rmsprop": 1, "adam": 2, "adamw": 2}  # numbers that an optimizer keeps for each parameter
-ROUNDS = 4  # of choosing again where a verified peak does not fit
+ROUNDS = 4  # of choosing again where a verified step does not fit
+EXACT = 1e-5  # gradient errors below are those of another order of sums
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -91,12 +93,13 @@ def plan(
     """The fastest way to train a model within a memory budget, found from measured steps and verified by one.
 
     Each block of the model may keep what autograd saves at 8, 4 or 2 bits, keep few bits of its activations, write to a
-    file, or run once more on the way back; a step may be cut into micro-batches. Every way is measured on all blocks
-    at two small parts of the batch; bytes and seconds grow linearly with the rows. Of all combinations the fastest
-    that fits is found by mixed-integer linear programming, an optimum and no guess, for each number of micro-batches;
-    then the step is run as chosen, and chosen again with less room where it measures more than predicted.
+    file, or run once more on the way back; a step may be cut into micro-batches. The plain step is measured at half and
+    at a quarter of the batch, every way on all blocks at a quarter; bytes and seconds grow linearly with the rows, and a
+    module that is called several times counts where it is called first. Of all combinations the fastest that fits is
+    found by mixed-integer linear programming, an optimum and no guess, for each number of micro-batches; then the step
+    is run as chosen, and chosen again with less room where it needs more than predicted.
 
-    The model is copied, so that memory for a second one is needed; steps of the plan itself are run in full.
+    Planning itself works on copies and needs memory for two more models and a plain step of half the batch.
 
     Args:
         model: any module; called with the batch's inputs, it returns scores as in `weft.measure.exact_gradient`.
@@ -135,21 +138,25 @@ def plan(
     slowest = None if max_slowdown is None else max_slowdown * costs.time(plain, rows)
     whole = any(isinstance(m, NORMS) and m.training for m in model.modules())  # its statistics are the whole batch's
     counts = [1] if whole else sorted({a for a in (1, 2, 4, 8, 16, 32, 64) if a <= rows})
-    spare, best, done = 0.0, None, None
+    spare, error, best, done, fits = 0.0, max_gradient_error, None, None, False
     for _ in range(ROUNDS):
-        best = _best(costs, rows, room - spare, counts, max_gradient_error, slowest)
+        best = best_in_parts(costs, rows, room - spare, counts, error, slowest)
         if best is None:
             break
         tell("verifying")
         done = _verified(probe, costs, *best, fixed)
-        if done[1]["memory_bytes"] <= limit:
+        over, off = done[1]["memory_bytes"] - limit, done[1]["gradient_error"]
+        fits = over <= 0 and (max_gradient_error is None or off <= max(max_gradient_error, EXACT))
+        if fits:
             break
-        spare += done[1]["memory_bytes"] - limit + 0.01 * limit
-    fits = done is not None and best is not None and done[1]["memory_bytes"] <= limit
+        spare += over + 0.01 * limit if over > 0 else 0.0
+        if error and max_gradient_error and off > max_gradient_error:
+            error *= 0.9 * max_gradient_error / off
     if not fits:
-        best = _nearest(costs, rows, counts, max_gradient_error, slowest)
+        best = nearest(costs, rows, counts, error, slowest)
         tell("verifying")
         done = _verified(probe, costs, *best, fixed)
+        fits = done[1]["memory_bytes"] <= limit and (error is None or done[1]["gradient_error"] <= max(error, EXACT))
     assert best is not None and done is not None
     choice, parts = best
     names = {block: costs.ways[o].name for block, o in zip(probe.blocks, choice, strict=True)}
@@ -160,54 +167,6 @@ def plan(
         _uniform(costs, rows, fixed, limit), [],
     )  # fmt: skip
     return dataclasses.replace(made, sentences=sentences(made, whole, max_gradient_error, max_slowdown))
-
-
-def read_bytes(given: int | str) -> int:
-    """``"512MiB"`` as a number of bytes.
-
-    Raises:
-        UsageError: for text of another form and what is not positive.
-    """
-    units = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-    text = str(given).strip().lower()
-    number = text.rstrip("abcdefghijklmnopqrstuvwxyz ")
-    try:
-        found = int(float(number) * units[text[len(number) :].strip()])
-    except (KeyError, ValueError, OverflowError):
-        raise UsageError(f"memory={given!r}; give a number of bytes, or 512MiB, 2GB and the like") from None
-    if found < 1:
-        raise UsageError(f"memory={given!r}; it is a positive number")
-    return found
-
-
-def _best(
-    costs: Costs, rows: int, room: float, counts: list[int], error: float | None, seconds: float | None
-) -> tuple[list[int], int] | None:
-    found: list[tuple[float, int, list[int]]] = []
-    for parts in counts:
-        share = -(-rows // parts)
-        limit = None if seconds is None else seconds / parts
-        choice = fastest(costs, share, room, error, limit, parts) if room > 0 else None
-        if choice is not None:
-            lossy = sum(costs.ways[o].errors[g] > 0 for g, o in enumerate(choice)) / len(choice)
-            found.append((parts * costs.time(choice, share) + TIE * lossy * costs.seconds.at(rows), parts, choice))
-    if not found:
-        return None
-    _, parts, choice = min(found)
-    return choice, parts
-
-
-def _nearest(
-    costs: Costs, rows: int, counts: list[int], error: float | None, seconds: float | None
-) -> tuple[list[int], int]:
-    """The choice with nearly the smallest peak: the budget is halved between one that fits and one that does not."""
-    low, high = 0.0, 4 * max(1.0, costs.peak([0] * len(costs.ways[0].kept), rows))
-    best = _best(costs, rows, high, counts, error, seconds) or ([0] * len(costs.ways[0].kept), 1)
-    for _ in range(12):
-        middle = (low + high) / 2
-        found = _best(costs, rows, middle, counts, error, seconds)
-        best, low, high = (best, middle, high) if found is None else (found, low, middle)
-    return best
 
 
 def _predicted(costs: Costs, choice: list[int], parts: int, rows: int, fixed: int) -> dict[str, float]:
@@ -231,7 +190,7 @@ def _verified(
     step = probe.step(model, probe.rows, tape, parts)
     parameters = list(model.parameters())
     peak = measure.peak_bytes(step, parameters=parameters) + (0 if tape is None else tape.outside_bytes)
-    held = max(measure.kept_bytes(step, model).peak_bytes, 0)
+    held = measure.kept_bytes(step, model).peak_bytes
 
     def fresh() -> None:
         for p in parameters:
@@ -240,22 +199,16 @@ def _verified(
 
     seconds = measure.step_ratio(fresh, lambda: None, rounds=3, warmup=0).seconds
     small = probe.sizes[0]
-    wanted = probe._gradients(copy.deepcopy(probe.model), small)
-    found = probe._gradients(*_swap(probe.changed(names), small))
-    size = sum(float(g.double().square().sum()) for g in wanted.values()) or 1.0
-    off = sum(float((found[n] - g).double().square().sum()) for n, g in wanted.items() if n in found)
+    changed, packs = probe.changed(names)
+    off = squared_error(probe.gradients(changed, small, packs), probe.gradients(copy.deepcopy(probe.model), small))
     measured = {
         "memory_bytes": float(fixed + peak),
         "peak_bytes": float(peak),
         "kept_bytes": float(held),
         "step_seconds": seconds,
-        "gradient_error": (off / size) ** 0.5,
+        "gradient_error": off**0.5,
     }
     return _predicted(costs, choice, parts, probe.rows, fixed), measured
-
-
-def _swap(changed: tuple[nn.Module, Tape | None], rows: int) -> tuple[nn.Module, int, Tape | None]:
-    return changed[0], rows, changed[1]
 
 
 def _uniform(costs: Costs, rows: int, fixed: int, limit: int) -> list[dict[str, Any]]:

@@ -138,15 +138,21 @@ class Session(AbstractContextManager["Session"]):
         return lambda: ledger.release(keys.pop()) if keys else None
 
     def _match(self) -> set[str] | None:
-        names = [name for name, _ in self.model.named_modules()]
+        known = {name: self._known(name) for name, _ in self.model.named_modules()}
         matched: set[str] = set()
         for pattern in (*(self.where or ()), *(self.tape.patterns if self.tape is not None else ())):
-            found = fnmatch.filter(names, pattern)
+            found = [name for name in known if fnmatch.fnmatchcase(known[name], pattern)]
             if not found:
-                near = difflib.get_close_matches(pattern, names, 5, 0.3) or names[1:6]
-                raise UsageError(f"where={pattern!r} matches no module of {type(self.model).__name__}; nearest: {near}")
+                names = [name for name in known.values() if name]
+                near, of = difflib.get_close_matches(pattern, names, 5, 0.3) or names[:5], type(self.model).__name__
+                raise UsageError(f"where={pattern!r} matches no module of {of}; nearest: {near}")
             matched.update(found if self.where is not None and pattern in self.where else ())
         return None if self.where is None else matched
+
+    def _known(self, name: str) -> str:
+        """A module's name as users know it: for a rule, that in the model which it trains."""
+        inner = getattr(self.model, "trains", None)
+        return "" if name == inner else name if inner is None else name.removeprefix(f"{inner}.")
 
     def _announce(self, module: nn.Module, name: str, undo: ExitStack) -> None:
         """Makes the module say when it runs. The hooks do nothing else: `checkpoint` inside must stay in charge."""
@@ -210,7 +216,7 @@ class Session(AbstractContextManager["Session"]):
         summed = not made and self._sums_up(module, tensor.shape)
         saved = Saved(module, cls, tensor.shape, tensor.dtype, producer, tensor.numel(), statistic=summed)
         if self.tape.patterns:
-            saved = replace(saved, inside=tuple(name for name, _ in self._running))
+            saved = replace(saved, inside=tuple(self._known(name) for name, _ in self._running))
         return saved if self.tape.takes(saved) else None
 
     def _sums_up(self, module: str, shape: torch.Size) -> bool:

@@ -1,4 +1,4 @@
-"""Tapes and conversions as text and plain data, for the command line and recipes: ``quantise:bits=2 | offload``."""
+"""Tapes, conversions and sizes as text, for the command line and recipes: ``quantise:bits=2 | offload``, ``512MiB``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from weft.errors import UsageError, unknown
 from weft.method import card, methods
 from weft.session import Routed, Tape
 
-__all__ = ["apply_conversions", "parse", "read_conversion", "read_tape"]
+__all__ = ["apply_conversions", "parse", "read_bytes", "read_conversion", "read_tape"]
 
 
 def parse(text: str) -> tuple[str, dict[str, Any]]:
@@ -31,8 +31,8 @@ def parse(text: str) -> tuple[str, dict[str, Any]]:
         key, sign, value = pair.partition("=")
         if not sign or not key.strip().isidentifier():
             raise UsageError(f"{text.strip()!r}: write a name, or name:key=value,key=value")
-        try:
-            options[key.strip()] = yaml.safe_load(value)
+        try:  # globs are text: to YAML a star is an alias
+            options[key.strip()] = value.strip() if key.strip() == "where" else yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise UsageError(f"{text.strip()!r}: {value!r} is not a value ({error})") from error
     return name.strip(), options
@@ -61,6 +61,24 @@ def read_tape(text: str) -> Tape:
         if not globs:
             raise UsageError(f"{text!r}: {tape} stands beside others and needs where=, the modules that it is for")
     return Routed(routes)
+
+
+def read_bytes(given: int | str) -> int:
+    """``"512MiB"`` as a number of bytes.
+
+    Raises:
+        UsageError: for text of another form and what is not positive.
+    """
+    units = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+    text = str(given).strip().lower()
+    number = text.rstrip("abcdefghijklmnopqrstuvwxyz ")
+    try:
+        found = int(float(number) * units[text[len(number) :].strip()])
+    except (KeyError, ValueError, OverflowError):
+        raise UsageError(f"memory={given!r}; give a number of bytes, or 512MiB, 2GB and the like") from None
+    if found < 1:
+        raise UsageError(f"memory={given!r}; it is a positive number")
+    return found
 
 
 def read_conversion(given: str | Mapping[str, Any]) -> dict[str, Any]:

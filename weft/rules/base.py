@@ -44,6 +44,7 @@ class Rule(nn.Module):
     """
 
     updates: ClassVar[str] = "grad"
+    trains: ClassVar[str] = "model"  # the submodule whose names users know; a session's globs are matched with them
     stages: str = "none"
     method_name: str = ""
     shardable: ClassVar[bool] = False  # whether the model's parameters may be sharded over processes

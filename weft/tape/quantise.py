@@ -123,6 +123,7 @@ class Quantise(Tape):
         return dequantise_groups(codes, scale, zero, kept.shape, kept.dtype, bits, self.group, centred)
 
     def bytes(self, shape: torch.Size, dtype: torch.dtype) -> int:
+        """Of an ordinary tensor; masks take less, heads and probabilities more, see `least_bits`."""
         numel = math.prod(shape)
         return math.ceil(numel * self.bits / 8) + 4 * math.ceil(numel / self.group)
 
