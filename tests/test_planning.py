@@ -154,5 +154,5 @@ def test_tapes_for_some_blocks_are_recipes_too():
     how = {"model": "mlp", "rule": "backprop", "epochs": 2, "seed": 1, "tape": "quantise:bits=2,where=2 1"}
     losses = [weft.run(how | {"tape": tape})["loss"] for tape in (how["tape"], None)]
     assert losses[0] != losses[1]
-    with pytest.raises(UsageError, match="where='9' matches no module of Backprop; nearest: .*'0'"):
+    with pytest.raises(UsageError, match=r"where='9' matches no module of Backprop; nearest: .*'0'"):
         weft.run(how | {"tape": "quantise:bits=2,where=9"})

@@ -94,8 +94,8 @@ def plan(
 
     Each block of the model may keep what autograd saves at 8, 4 or 2 bits, keep few bits of its activations, write to a
     file, or run once more on the way back; a step may be cut into micro-batches. The plain step is measured at half and
-    at a quarter of the batch, every way on all blocks at a quarter; bytes and seconds grow linearly with the rows, and a
-    module that is called several times counts where it is called first. Of all combinations the fastest that fits is
+    at a quarter of the batch, every way on all blocks at a quarter; bytes and seconds grow linearly with the rows, and
+    a module that is called several times counts where it is called first. Of all combinations the fastest that fits is
     found by mixed-integer linear programming, an optimum and no guess, for each number of micro-batches; then the step
     is run as chosen, and chosen again with less room where it needs more than predicted.
 
