@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -66,10 +66,11 @@ class Kernel:
     Args:
         loop: writes into arrays that it is given and returns nothing.
         signature: as Numba writes it.
+        fastmath: LLVM's flags for sums and products of floats; ``contract`` lets it fuse the two.
     """
 
-    def __init__(self, loop: Callable[..., None], signature: str) -> None:
-        self.loop, self.signature = loop, signature
+    def __init__(self, loop: Callable[..., None], signature: str, fastmath: frozenset[str] = frozenset()) -> None:
+        self.loop, self.signature, self.fastmath = loop, signature, fastmath
         self._compiled: Callable[..., None] | None = None
 
     def __call__(self, *args: Any) -> None:
@@ -81,7 +82,8 @@ class Kernel:
 
         with _compiling:
             if self._compiled is None:
-                options = {"error_model": "numpy", "nogil": True, "no_cfunc_wrapper": True}
+                options: dict[str, Any] = {"error_model": "numpy", "nogil": True, "no_cfunc_wrapper": True}
+                options["fastmath"] = set(self.fastmath)
                 try:
                     found = numba.njit(cache=True, **options)(self.loop)
                 except RuntimeError:  # neither the package's folder nor the user's cache can be written
@@ -102,9 +104,9 @@ class Kernel:
             _log.warning("weft: compiling the kernel %s for this CPU, once ...", self.loop.__name__)
 
 
-def kernel(signature: str) -> Callable[[Callable[..., None]], Kernel]:
+def kernel(signature: str, *, fastmath: Iterable[str] = ()) -> Callable[[Callable[..., None]], Kernel]:
     """Makes a `Kernel` of the loop below it."""
-    return lambda loop: Kernel(loop, signature)
+    return lambda loop: Kernel(loop, signature, frozenset(fastmath))
 
 
 def share(run: Callable[[int, int], None], size: int, unit: int) -> None:

@@ -17,6 +17,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from weft.kernels.compiled import kernel
+from weft.kernels.cpu.vectors import as_float, as_int, wide
 
 u8, u16, u32, u64, i32, f32 = np.uint8, np.uint16, np.uint32, np.uint64, np.int32, np.float32
 
@@ -28,37 +29,6 @@ INFINITE, SMALLEST, LARGEST = i32(0x7F800000), i32(0x00800000), i32(0x7E800000) 
 MAGNITUDE = i32(0x7FFFFFFF)
 NAN = u16(0x7FC0)
 ROUNDER = f32(8388608.0)  # 2^23: a sum with it has no fraction, rounded half to even
-
-
-@intrinsic
-def wide(typing: Any) -> Any:
-    """Vectors as wide as the CPU has: LLVM halves them on some CPUs unless the function asks for more."""
-
-    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        set.add(builder.function.attributes, '"prefer-vector-width"="512"')
-        return context.get_dummy_value()
-
-    return types.void(), code
-
-
-@intrinsic
-def as_float(typing: Any, value: Any) -> Any:
-    """The float32 of the same bits."""
-
-    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], context.get_value_type(types.float32))
-
-    return types.float32(types.int32), code
-
-
-@intrinsic
-def as_int(typing: Any, value: Any) -> Any:
-    """The int32 of the same bits."""
-
-    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], context.get_value_type(types.int32))
-
-    return types.int32(types.float32), code
 
 
 def _word(context: Any, builder: Any, signature: Any, args: Any) -> Any:
