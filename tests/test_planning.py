@@ -42,7 +42,7 @@ def drawn(seed, blocks, ways):
         for o in range(ways)
     ]
     gradients = tuple(draw.uniform(0, 90) for _ in range(blocks + 1))
-    return Costs(gradients, Line(5, 0.2), Line(1, 0.5), tuple(made))
+    return Costs(gradients, Line(5, 0.2), Line(1, 0.5), tuple(made), tuple(g / 2 for g in gradients[:-1]))
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -87,29 +87,35 @@ class Costs:
         outside: bytes kept outside of all blocks.
         seconds: of the plain step.
         ways: the plain one first.
+        largest: bytes of each block's largest gradient, which stands beside the one that it is added to.
     """
 
     gradients: tuple[float, ...]
     outside: Line
     seconds: Line
     ways: tuple[Way, ...]
+    largest: tuple[float, ...]
 
     def walk(self, choice: Sequence[int], rows: float, gradients: bool = True) -> float:
-        """Most bytes of a step without working memory, for one way for each block."""
+        """Most bytes of a step without working memory, for one way for each block.
+
+        With ``gradients`` each block's are made in the step; without, they are there before and count nothing, but
+        what is added to them does.
+        """
         most, below, arrived = 0.0, self.outside.at(rows), sum(self.gradients)
         for g, o in enumerate(choice):
             way = self.ways[o]
             below += way.kept[g].at(rows)
-            most = max(most, below + way.again[g].at(rows) + arrived * gradients)
+            most = max(most, below + way.again[g].at(rows) + (arrived if gradients else self.largest[g]))
             arrived -= self.gradients[g]
         return most
 
     def peak(self, choice: Sequence[int], rows: float, parts: int = 1) -> float:
         """Most bytes of a step in so many micro-batches of ``rows``, gradients included."""
-        adding = self.walk(choice, rows, False) + max(self.ways[o].adding.at(rows) for o in choice)
         if parts > 1:
+            adding = self.walk(choice, rows, False) + max(self.ways[o].adding.at(rows) for o in choice)
             return adding + sum(self.gradients)
-        return max(adding, self.walk(choice, rows) + max(self.ways[o].work.at(rows) for o in choice))
+        return self.walk(choice, rows) + max(self.ways[o].work.at(rows) for o in choice)
 
     def kept(self, choice: Sequence[int], rows: float) -> float:
         """Bytes kept between the passes, at most."""
@@ -151,42 +157,38 @@ def fastest(
     errors = np.array([[w.errors[g] for w in costs.ways] for g in range(blocks)])
     every = sum(costs.gradients) / unit
     arrived = every - np.append(0, np.cumsum(costs.gradients))[:blocks] / unit
-    # One case for each line of the walk: working memory of the ways, and the gradients that are there in each block.
-    cases = [([w.adding.at(rows) / unit for w in costs.ways], np.full(blocks, every * (parts > 1)))]
-    if parts == 1:
-        cases.append(([w.work.at(rows) / unit for w in costs.ways], arrived))
+    # The gradients that are there in each block, and the working memory of the ways, of which the largest counts.
+    there = arrived if parts == 1 else every + np.array(costs.largest) / unit
+    work = [(w.work if parts == 1 else w.adding).at(rows) / unit for w in costs.ways]
     lines, upper, lower = list[Any](), list[Any](), list[Any]()
 
     def add(row: np.ndarray, extra: Sequence[float], least: float, most: float) -> None:
         for column, value in ((lines, np.append(row.ravel(), extra)), (lower, least), (upper, most)):
             column.append(value)
 
-    none = [0.0] * len(cases)
     for g in range(blocks):
         one, held = np.zeros((blocks, ways)), np.zeros((blocks, ways))
         one[g] = 1
-        add(one, none, 1, 1)
+        add(one, [0.0], 1, 1)
         held[: g + 1] = table[: g + 1, :, 0]
         held[g] += table[g, :, 1]
-        for k, (work, there) in enumerate(cases):
-            mine = [float(k == j) for j in range(len(cases))]
-            add(held, mine, -np.inf, memory / unit - there[g] - costs.outside.at(rows) / unit)
-            for o in range(ways):
-                uses = np.zeros((blocks, ways))
-                uses[g, o] = work[o] - min(work)
-                add(uses, [-m for m in mine], -np.inf, -min(work))
+        add(held, [1.0], -np.inf, memory / unit - there[g] - costs.outside.at(rows) / unit)
+        for o in range(ways):
+            uses = np.zeros((blocks, ways))
+            uses[g, o] = work[o] - min(work)
+            add(uses, [-1.0], -np.inf, -min(work))
     if error is not None:
-        add(errors, none, -np.inf, error**2)
+        add(errors, [0.0], -np.inf, error**2)
     if seconds is not None:
-        add(times, none, -np.inf, seconds - costs.seconds.at(rows))
+        add(times, [0.0], -np.inf, seconds - costs.seconds.at(rows))
     possible = np.array([[w.possible[g] for w in costs.ways] for g in range(blocks)], dtype=float)
     # Of choices as fast as one can tell from measured times, the exact one wins, and then the simplest.
     cost = times + costs.seconds.at(rows) / blocks * (TIE * (errors > 0) + 1e-6 * (np.arange(ways) > 0))
     found = milp(
-        np.append(cost.ravel(), none),
+        np.append(cost.ravel(), 0.0),
         constraints=LinearConstraint(np.array(lines), lower, upper),
-        integrality=np.append(np.ones(count), none),
-        bounds=(np.append(np.zeros(count), [-np.inf] * len(cases)), np.append(possible.ravel(), [np.inf] * len(cases))),
+        integrality=np.append(np.ones(count), 0.0),
+        bounds=(np.append(np.zeros(count), -np.inf), np.append(possible.ravel(), np.inf)),
     )
     if found.x is None:
         return None

@@ -133,10 +133,11 @@ class Probe:
         """The plain step measured at two batch sizes, every way on all blocks that can go it at the smaller one."""
         sizes, plain = self.sizes, self.model
         parameters = {id(p): p for p in plain.parameters() if p.requires_grad}
-        gradients = []
+        gradients, largest = [], []
         for block in self.blocks:
             own = [parameters.pop(id(p)) for p in plain.get_submodule(block).parameters() if id(p) in parameters]
             gradients.append(float(sum(p.numel() * p.element_size() for p in own)))
+            largest.append(float(max((p.numel() * p.element_size() for p in own), default=0)))
         gradients.append(float(sum(p.numel() * p.element_size() for p in parameters.values())))
         forward = self._forward_shares()
         tell("plain")
@@ -145,7 +146,7 @@ class Probe:
                  for g in range(len(self.blocks) + 1)]  # fmt: skip
         seconds = Line.through([(rows, self._seconds(plain, rows)) for rows in sizes], above=True)
         none = tuple(Line() for _ in self.blocks)
-        costs = Costs(tuple(gradients), lines[-1], seconds, ())
+        costs = Costs(tuple(gradients), lines[-1], seconds, (), tuple(largest))
         first = Way("plain", tuple(lines[:-1]), none, none, (0.0,) * len(none), Line(), Line(), (True,) * len(none))
         work, adding = zip(*(self._working(costs, first, plain, None, rows) for rows in sizes), strict=True)
         lines_of = [Line.through(list(zip(sizes, found, strict=True))) for found in (work, adding)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import importlib
 import math
 import os
@@ -285,6 +286,7 @@ def _child(writer: Any, owner: Card, one: ClaimCard, mutant: str | None, seed: i
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its children
     torch.set_num_threads(1)
+    gc.freeze()  # what the parent made is not looked at by this process's collections, nor copied for them
     start = time.process_time()
     try:
         module = importlib.import_module(owner.module) if mutant is None else mutated(owner, one, mutant)

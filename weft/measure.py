@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from weft._passes import passes
-from weft._profile import count_operations, cpu_peak, cuda_peak, steady, step_ratio
+from weft._profile import count_operations, cpu_peak, cuda_peak, settled, steady, step_ratio
 from weft._reports import KeptReport, Ratio, StepReport, environment
 from weft.errors import WeftError
 from weft.session import Tape, kept
@@ -37,6 +37,7 @@ __all__ = [
     "passes",
     "peak_bytes",
     "scored_loss",
+    "settled",
     "step_ratio",
     "take_apart",
 ]

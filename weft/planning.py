@@ -127,13 +127,31 @@ def plan(
     x, y = batch
     if rows_of(x) < 1 or len(y) != rows_of(x):
         raise DataError(f"a batch of {rows_of(x)} inputs and {len(y)} labels; it needs as many of both, one at least")
-    tell = on_event or (lambda event: None)
-    probe = Probe(model, x, y, loss)
+    with measure.settled():
+        return _planned(
+            Probe(model, x, y, loss),
+            limit,
+            optimizer,
+            max_gradient_error,
+            max_slowdown,
+            on_event or (lambda event: None),
+        )
+
+
+def _planned(
+    probe: Probe,
+    limit: int,
+    optimizer: str,
+    max_gradient_error: float | None,
+    max_slowdown: float | None,
+    tell: Callable[[str], None],
+) -> Plan:
+    model = probe.model
     costs = probe.costs(tell)
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     weights = sum(t.numel() * t.element_size() for t in itertools.chain(model.parameters(), model.buffers()))
     fixed = weights + STATE[optimizer] * trained
-    room, rows = limit - fixed, rows_of(x)
+    room, rows = limit - fixed, probe.rows
     plain = [0] * len(probe.blocks)
     slowest = None if max_slowdown is None else max_slowdown * costs.time(plain, rows)
     whole = any(isinstance(m, NORMS) and m.training for m in model.modules())  # its statistics are the whole batch's
