@@ -28,7 +28,7 @@ def function_checks(card: Card) -> Iterator[tuple[str, Check]]:
 
 
 def _run(function: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> list[Tensor]:
-    """The outputs, and the gradients of their sum by every floating tensor and every parameter among the arguments."""
+    """The outputs, and the gradients of a fixed random sum of them by every floating tensor and parameter given."""
     arguments = copy.deepcopy(arguments)
     leaves: list[Tensor] = []
     for one in arguments:
@@ -39,7 +39,9 @@ def _run(function: Callable[..., Any], arguments: tuple[Any, ...], options: dict
     before = [snapshot(one)["hooks"] for one in arguments if isinstance(one, nn.Module)]
     out = function(*arguments, **options)
     outs = [t for t in (out if isinstance(out, tuple | list) else [out]) if isinstance(t, Tensor)]
-    total = sum(t.double().sum() for t in outs if t.requires_grad)
+    draw = torch.Generator().manual_seed(0)  # a plain sum says little of what has a constant sum, as softmax
+    weights = [torch.randn(t.shape, generator=draw, dtype=torch.float64).to(t.device) for t in outs]
+    total = sum((t.double() * w).sum() for t, w in zip(outs, weights, strict=True) if t.requires_grad)
     assert isinstance(total, Tensor), "no output depends on the arguments"
     total.backward()
     assert before == [snapshot(one)["hooks"] for one in arguments if isinstance(one, nn.Module)], "a hook was left"

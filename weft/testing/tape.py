@@ -5,7 +5,6 @@ The example's ``options`` build the tape; its model and batch are not used, sinc
 
 from __future__ import annotations
 
-import functools
 import gc
 import os
 import threading
@@ -20,12 +19,11 @@ from torch.utils.checkpoint import checkpoint
 
 from weft.cards import Card
 from weft.errors import WeftError
-from weft.models.transformer import CharTransformer
 from weft.session import Reference, Saved, Session, Tape, kept
+from weft.testing.networks import Tied, gradients_of, loss_of, networks
 from weft.testing.tools import raises
 
 Check = Callable[[Card], None]
-Network = tuple[nn.Module, tuple[Tensor, ...]]
 
 
 def tape_checks(card: Card) -> Iterator[tuple[str, Check]]:
@@ -37,56 +35,6 @@ def tape_checks(card: Card) -> Iterator[tuple[str, Check]]:
 def built(card: Card) -> Tape:
     """The example's tape."""
     return card.build(**card.example().options)
-
-
-class _Recurrent(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner, self.head = nn.LSTM(24, 48, batch_first=True), nn.Linear(48, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.inner(x)[0])
-
-
-class Tied(nn.Module):
-    """One weight in two places, and one activation that two branches save."""
-
-    def __init__(self, width: int = 64) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(width, width), nn.Linear(width, width)
-        self.second.weight = self.first.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.first(x).tanh()
-        return self.second(h) + F.linear(h.t(), h.t()[:, : self.first.in_features]).sum()
-
-
-@functools.cache
-def _networks() -> dict[str, Network]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        mlp = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 96), nn.GELU(), nn.Linear(96, 5))
-        conv = nn.Sequential(
-            nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU()
-        )
-        conv.extend([nn.AvgPool2d(4), nn.Flatten(), nn.Linear(16 * 16, 5)])
-        return {
-            "MLP": (mlp, (torch.randn(128, 64), torch.arange(128) % 5)),
-            "convnet": (conv, (torch.randn(8, 3, 16, 16), torch.arange(8) % 5)),
-            "transformer": (
-                CharTransformer(5, width=32, heads=2, layers=2, context=32),
-                (torch.randint(5, (8, 32)), torch.randint(5, (8, 32))),
-            ),
-            "LSTM": (_Recurrent(), (torch.randn(16, 20, 24), torch.randint(5, (16, 20)))),
-        }
-
-
-def _loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(model(x).flatten(0, -2), y.flatten())
-
-
-def _gradients(model: nn.Module, batch: tuple[Tensor, ...]) -> list[Tensor]:
-    return list(torch.autograd.grad(_loss(model, *batch), list(model.parameters())))
 
 
 def relative_error(found: list[Tensor], wanted: list[Tensor]) -> float:
@@ -113,14 +61,14 @@ def _left() -> tuple[int, int]:
 def gradients(card: Card) -> None:
     """On an MLP, a convnet, a transformer and an LSTM: the same loss, gradients within ``error``, something packed."""
     packed = False
-    for name, (model, batch) in _networks().items():
-        tape, wanted = built(card), _gradients(model, batch)
-        plain = _loss(model, *batch)
+    for name, (model, batch) in networks().items():
+        tape, wanted = built(card), gradients_of(model, batch)
+        plain = loss_of(model, *batch)
         with Reference().on(model) as reference:
-            _gradients(model, batch)
+            gradients_of(model, batch)
         with tape.on(model) as session:
-            assert torch.equal(_loss(model, *batch), plain), f"{name}: the forward pass changed"
-            found = _gradients(model, batch)
+            assert torch.equal(loss_of(model, *batch), plain), f"{name}: the forward pass changed"
+            found = gradients_of(model, batch)
         error = relative_error(found, wanted)
         assert all(torch.isfinite(g).all() for g in found), f"{name}: a gradient is not finite"
         assert error <= tape.error, (
@@ -200,12 +148,12 @@ def strides(card: Card) -> None:
 
 def modes(card: Card) -> None:
     """``no_grad`` keeps nothing; ``retain_graph`` gives the same twice; double backward works."""
-    (model, batch), tape = _networks()["MLP"], built(card)
+    (model, batch), tape = networks()["MLP"], built(card)
     with tape.on(model) as session:
         with torch.no_grad():
             model(batch[0])
         assert session.peak_bytes == 0, "something is kept under no_grad"
-        loss, ps = _loss(model, *batch), list(model.parameters())
+        loss, ps = loss_of(model, *batch), list(model.parameters())
         first = torch.autograd.grad(loss, ps, retain_graph=True)
         second = torch.autograd.grad(loss, ps)
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), "a second pass gave other gradients"
@@ -255,7 +203,7 @@ class _Fails(torch.autograd.Function):
 
 def nothing_left(card: Card) -> None:
     """After success, an error forward and an error backward: no hook, file or thread, and the next session works."""
-    model, batch = _networks()["MLP"]
+    model, batch = networks()["MLP"]
     before = _left()
     tape = built(card)
 
@@ -275,13 +223,13 @@ def nothing_left(card: Card) -> None:
     raises(ZeroDivisionError, fails_backward)
     for _ in range(2):
         with tape.on(model):
-            found = _gradients(model, batch)
-    assert relative_error(found, _gradients(model, batch)) <= max(tape.error, 1e-12)
+            found = gradients_of(model, batch)
+    assert relative_error(found, gradients_of(model, batch)) <= max(tape.error, 1e-12)
     with tape.on(model):
-        loss = _loss(model, *batch)
+        loss = loss_of(model, *batch)
         raises(WeftError, lambda: tape.on(model).__enter__())
     after = torch.autograd.grad(loss, list(model.parameters()))  # the graph outlives its session
-    assert relative_error(list(after), _gradients(model, batch)) <= max(tape.error, 1e-12)
+    assert relative_error(list(after), gradients_of(model, batch)) <= max(tape.error, 1e-12)
     del loss, after
     assert hooks() == 0, "a hook is left on the model"
     assert _left() == before, f"threads and files before and after: {before}, {_left()}"
@@ -289,20 +237,20 @@ def nothing_left(card: Card) -> None:
 
 def generator_untouched(card: Card) -> None:
     """Torch's global generator is not drawn from, and the same clock gives the same gradients."""
-    model, batch = _networks()["MLP"]
+    model, batch = networks()["MLP"]
     tape, state = built(card), torch.get_rng_state()
     found = []
     for _ in range(2):
         tape.clock = 3
         with tape.on(model):
-            found.append(_gradients(model, batch))
+            found.append(gradients_of(model, batch))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)), "the same clock gave other gradients"
     assert torch.equal(state, torch.get_rng_state()), "torch's global generator was used"
 
 
 def checkpointed(card: Card) -> None:
     """``torch.utils.checkpoint`` inside stays checkpointed, and its inputs are counted."""
-    (model, (x, y)), tape = _networks()["MLP"], built(card)
+    (model, (x, y)), tape = networks()["MLP"], built(card)
     assert isinstance(model, nn.Sequential)
 
     def loss() -> Tensor:
@@ -320,12 +268,12 @@ def checkpointed(card: Card) -> None:
 
 def autocast(card: Card) -> None:
     """Under autocast: the loss as without the tape, gradients near, copies of weights not packed."""
-    (model, batch), tape = _networks()["transformer"], built(card)
+    (model, batch), tape = networks()["transformer"], built(card)
     with torch.autocast("cpu", torch.bfloat16):
-        plain = _loss(model, *batch)
+        plain = loss_of(model, *batch)
         wanted = list(torch.autograd.grad(plain, list(model.parameters())))
         with tape.on(model) as session:
-            loss = _loss(model, *batch)
+            loss = loss_of(model, *batch)
             found = list(torch.autograd.grad(loss, list(model.parameters())))
     assert torch.equal(loss, plain)
     assert relative_error(found, wanted) <= max(tape.error, 1e-12)
