@@ -11,8 +11,10 @@ from weft import models
 from weft.errors import DataError, StageError, Unsupported, UsageError
 from weft.measure import exact_gradient
 from weft.models.transformer import CharTransformer
+from weft.ops.auxiliary import add_loss
 from weft.ops.perturbation import CHUNK, Perturbed, combined, normal, shift_
 from weft.ops.scan import LinearFeedback, linear_scan
+from weft.rules.backprop import Backprop
 from weft.rules.highway_backprop import HighwayBackprop
 from weft.rules.stationary_feedback import StationaryFeedback
 from weft.rules.zeroth_order import ZerothOrder
@@ -209,3 +211,21 @@ def test_zeroth_order_refuses():
 
     with pytest.raises(Unsupported, match="in-place"):
         ZerothOrder(Deaf(2, 3)).step(torch.ones(1, 2), torch.tensor([0]))
+
+
+def test_auxiliary_losses_are_scaled_with_the_loss():
+    """A micro-batch's share, a GradScaler's factor: both reach what a layer adds to the loss."""
+
+    class Decayed(nn.Linear):
+        def forward(self, x):
+            return add_loss(super().forward(x), self.weight.square().sum())
+
+    draw = torch.Generator().manual_seed(0)
+    x, y = torch.randn(6, 4, generator=draw), torch.arange(6) % 3
+    rule = Backprop(nn.Sequential(Decayed(4, 3)))
+    found = []
+    for scale in (1.0, torch.tensor(8.0)):
+        rule.zero_grad(set_to_none=True)
+        rule.step(x, y, scale=scale)
+        found.append(rule.model[0].weight.grad / scale)
+    assert torch.allclose(*found, rtol=1e-5)

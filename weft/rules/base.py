@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from weft import stages
 from weft.errors import DataError, Unsupported, UsageError
+from weft.ops.auxiliary import loss_scale
 from weft.rules.batch import IGNORED, check_batch, check_finite, check_labels, flat, inputs
 from weft.rules.gradients import add_gradients, hand_over
 
@@ -268,7 +269,8 @@ def _guarded(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
         check_batch(self.model, x, y)
         if self.loss is F.cross_entropy and y.dtype != torch.int64:
             raise DataError(f"labels are class indices of dtype torch.int64, not {y.dtype}")
-        loss = step(self, x, y, scale=scale, ready=ready).detach()
+        with loss_scale(scale):
+            loss = step(self, x, y, scale=scale, ready=ready).detach()
         check_finite([loss])
         self.clock[1] += 1
         return loss

@@ -1,0 +1,159 @@
+"""Products with chosen rows of a table, and weighted sums of them, without a tensor of all chosen rows.
+
+The two are each other's derivatives; the second is what an embedding bag computes. Rows are read in blocks of tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
+
+from weft.kernels.compiled import operator
+
+__all__ = ["row_products", "row_sums"]
+
+BLOCK = 1 << 18  # elements of rows at once: they stay in the second-level cache
+
+
+def row_products(x: Tensor, table: Tensor, numbers: Tensor, *, sparse: bool = False) -> Tensor:
+    """``x[t] . table[numbers[t, j]]``, ``[T, J]``. Differentiable once.
+
+    Args:
+        x: ``[T, D]``, of the table's dtype.
+        table: ``[N, D]``.
+        numbers: ``[T, J]`` int64.
+        sparse: the table's gradient is a sparse tensor with T J rows, instead of as large as the table.
+    """
+    out: Tensor = _RowProducts.apply(x, table, numbers, sparse)
+    return out
+
+
+def row_sums(weights: Tensor, table: Tensor, numbers: Tensor, *, sparse: bool = False) -> Tensor:
+    """``sum_j weights[t, j] table[numbers[t, j]]``, ``[T, D]``; arguments as in `row_products`, weights ``[T, J]``."""
+    out: Tensor = _RowSums.apply(weights, table, numbers, sparse)
+    return out
+
+
+class _RowProducts(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, table: Tensor, numbers: Tensor, sparse: bool) -> Tensor:
+        return _products(x, table, numbers)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, table, numbers, ctx.sparse = inputs
+        ctx.save_for_backward(x, table, numbers)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, table, numbers = ctx.saved_tensors
+        of_x = _sums(grad, table, numbers) if ctx.needs_input_grad[0] else None
+        return (
+            of_x,
+            _table_gradient(grad, x, table, numbers, ctx.sparse) if ctx.needs_input_grad[1] else None,
+            None,
+            None,
+        )
+
+
+class _RowSums(torch.autograd.Function):
+    @staticmethod
+    def forward(weights: Tensor, table: Tensor, numbers: Tensor, sparse: bool) -> Tensor:
+        return _sums(weights, table, numbers)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        weights, table, numbers, ctx.sparse = inputs
+        ctx.save_for_backward(weights, table, numbers)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weights, table, numbers = ctx.saved_tensors
+        of_weights = _products(grad, table, numbers) if ctx.needs_input_grad[0] else None
+        of_table = _table_gradient(weights, grad, table, numbers, ctx.sparse) if ctx.needs_input_grad[1] else None
+        return of_weights, of_table, None, None
+
+
+def _table_gradient(weights: Tensor, x: Tensor, table: Tensor, numbers: Tensor, sparse: bool) -> Tensor:
+    """``sum_tj weights[t, j] x[t]`` into row ``numbers[t, j]`` of a tensor like the table."""
+    if not sparse:
+        return _add_rows(weights, x, numbers, table.shape[0])
+    values = (weights[:, :, None] * x[:, None, :]).flatten(0, 1)
+    return torch.sparse_coo_tensor(numbers.reshape(1, -1), values, table.shape, check_invariants=False)
+
+
+def _block(numbers: Tensor, width: int) -> int:
+    """Tokens of a block."""
+    return max(1, BLOCK // max(1, numbers.shape[1] * width))
+
+
+@torch.no_grad()
+def row_products_reference(x: Tensor, table: Tensor, numbers: Tensor) -> Tensor:
+    """`row_products`, block by block."""
+    out = x.new_empty(numbers.shape)
+    size = _block(numbers, x.shape[1])
+    for of_x, of_numbers, into in zip(x.split(size), numbers.split(size), out.split(size), strict=True):
+        rows = table.index_select(0, of_numbers.reshape(-1)).view(*of_numbers.shape, x.shape[1])
+        into.copy_(torch.bmm(rows, of_x[:, :, None]).squeeze(2))
+    return out
+
+
+@torch.no_grad()
+def row_sums_reference(weights: Tensor, table: Tensor, numbers: Tensor) -> Tensor:
+    """`row_sums` by torch's embedding bag."""
+    if not numbers.numel():
+        return table.new_zeros(numbers.shape[0], table.shape[1])
+    return F.embedding_bag(numbers, table, per_sample_weights=weights.contiguous(), mode="sum")
+
+
+@torch.no_grad()
+def add_rows_reference(weights: Tensor, x: Tensor, numbers: Tensor, rows: int) -> Tensor:
+    """``[rows, D]``: weighted vectors ``[T, D]`` added to the rows of their numbers ``[T, J]``."""
+    out = x.new_zeros(rows, x.shape[1])
+    size = _block(numbers, x.shape[1])
+    for of_weights, of_x, of_numbers in zip(weights.split(size), x.split(size), numbers.split(size), strict=True):
+        out.index_add_(0, of_numbers.reshape(-1), (of_weights[:, :, None] * of_x[:, None, :]).flatten(0, 1))
+    return out
+
+
+def _products_fake(x: Tensor, table: Tensor, numbers: Tensor) -> Tensor:
+    return x.new_empty(numbers.shape)
+
+
+def _sums_fake(weights: Tensor, table: Tensor, numbers: Tensor) -> Tensor:
+    return table.new_empty(numbers.shape[0], table.shape[1])
+
+
+def _add_rows_fake(weights: Tensor, x: Tensor, numbers: Tensor, rows: int) -> Tensor:
+    return x.new_empty(rows, x.shape[1])
+
+
+_products, _sums, _add_rows = (
+    operator(schema, reference, fake=fake, cpu=reference, cuda=reference)
+    for schema, reference, fake in (
+        ("row_products(Tensor x, Tensor table, Tensor numbers) -> Tensor", row_products_reference, _products_fake),
+        ("row_sums(Tensor weights, Tensor table, Tensor numbers) -> Tensor", row_sums_reference, _sums_fake),
+        (
+            "add_rows(Tensor weights, Tensor x, Tensor numbers, SymInt rows) -> Tensor",
+            add_rows_reference,
+            _add_rows_fake,
+        ),
+    )
+)
+
+
+@register_flop_formula([torch.ops.weft.row_products, torch.ops.weft.row_sums])
+def _products_operations(x: Any, table: Any, numbers: Any, **given: Any) -> int:
+    return 2 * numbers[0] * numbers[1] * table[1]
+
+
+@register_flop_formula(torch.ops.weft.add_rows)
+def _add_rows_operations(weights: Any, x: Any, numbers: Any, rows: Any, **given: Any) -> int:
+    return 2 * numbers[0] * numbers[1] * x[1]
