@@ -24,7 +24,7 @@ LAYERS = [  # each may import those above it in this list, and its own
     FAMILIES,
     {"recipe", "runs", "folders", "training", "stepping", "evaluation", "optimizers", "processes", "curves"}
     | {"literature", "measuring", "diagnosis", "comparison", "_runner", "report", "stubs", "integrations"}
-    | {"planning", "_probes", "_choices", "_ways", "_explaining"},
+    | {"planning", "compressing", "_probes", "_choices", "_ways", "_explaining"},
     {"cli", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     )
     from weft.claim import Check, check_claims
     from weft.comparison import compare
+    from weft.compressing import compress_run, load_run
     from weft.convert import convert_, restore_
     from weft.errors import DataError, NonFinite, RecipeError, StageError, Unsupported, UsageError, WeftError
     from weft.literature import papers
@@ -60,9 +61,11 @@ _WHERE = {
     "card": "weft.method",
     "check_claims": "weft.claim",
     "compare": "weft.comparison",
+    "compress_run": "weft.compressing",
     "convert_": "weft.convert",
     "create": "weft.method",
     "fit": "weft.training",
+    "load_run": "weft.compressing",
     "measure_step": "weft.measuring",
     "methods": "weft.method",
     "papers": "weft.literature",
@@ -88,6 +91,7 @@ __all__ = [
     "claim",
     "compare",
     "compress",
+    "compress_run",
     "convert",
     "convert_",
     "create",
@@ -95,6 +99,7 @@ __all__ = [
     "diagnosis",
     "ffn",
     "fit",
+    "load_run",
     "measure",
     "measure_step",
     "method",

@@ -17,7 +17,7 @@ import typer
 from weft import __version__
 from weft.cli.output import command
 
-COMMANDS = ("plan", "measure", "compare", "fit", "report", "methods", "papers", "claims")
+COMMANDS = ("plan", "measure", "compare", "fit", "compress", "report", "methods", "papers", "claims")
 
 
 def app() -> typer.Typer:

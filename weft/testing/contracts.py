@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 from weft.cards import Card
 from weft.errors import WeftError
+from weft.testing.compress import compress_checks
 from weft.testing.conversion import conversion_checks
 from weft.testing.function import function_checks
 from weft.testing.layer import layer_checks
@@ -26,6 +27,7 @@ CHECKS: dict[str, Callable[[Card], Iterator[tuple[str, Callable[[Card], None]]]]
     "layer": _layer_checks,
     "tape": tape_checks,
     "function": function_checks,
+    "compress": compress_checks,
 }
 
 
