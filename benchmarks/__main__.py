@@ -1,5 +1,6 @@
-"""``python -m benchmarks [steps] [memory] [loop] [keeping] [tapes] [mnist] [peers]``: by default the first four.
+"""``python -m benchmarks [PART...]``: by default steps, memory, loop, keeping, and the layers that skip work.
 
+The other parts train: ``tapes``, ``mnist``, ``sparse_mnist``, ``fast_feed_forward_mnist``; ``peers`` runs others' code.
 Every file of results holds the figures with the environment (commit, machine, versions) that they were measured in.
 """
 
@@ -12,11 +13,29 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import keeping, loop, memory, mnist, peers, steps, tapes
+from benchmarks import (
+    binary,
+    experts,
+    fast_feed_forward,
+    keeping,
+    loop,
+    memory,
+    mnist,
+    peers,
+    row_skipping,
+    softmax,
+    sparse,
+    sparse_mnist,
+    steps,
+    tapes,
+)
 from weft import measure
 
 PARTS = {"steps": steps.run, "memory": memory.run, "loop": loop.run, "mnist": mnist.run, "peers": peers.run}
 PARTS |= {"tapes": tapes.run, "keeping": keeping.run}
+SPEED = {"sparse": sparse.run, "fast_feed_forward": fast_feed_forward.run, "binary": binary.run}
+SPEED |= {"row_skipping": row_skipping.run, "experts": experts.run, "softmax": softmax.run}
+PARTS |= {**SPEED, "sparse_mnist": sparse_mnist.run, "fast_feed_forward_mnist": fast_feed_forward.mnist}
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -24,7 +43,7 @@ def main() -> None:
     """Run the parts asked for, one after another, on one thread."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("parts", nargs="*", choices=[[], *PARTS], default=[], metavar="PART", help=", ".join(PARTS))
-    chosen = parser.parse_args().parts or ["steps", "memory", "loop", "keeping"]
+    chosen = parser.parse_args().parts or ["steps", "memory", "loop", "keeping", *SPEED]
     torch.set_num_threads(1)
     for name in chosen:
         rows = PARTS[name](lambda line: print(line, file=sys.stderr, flush=True))  # noqa: T201

@@ -44,12 +44,9 @@ def accuracy(mask: str, data: Any, seed: int, lr: float, *, part: str = "test") 
     hidden = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)][:-1]
     density = 1.0 if mask == "gradual magnitude pruning" else 1 - ZEROS
     if mask != "dense":
-        weft.convert_(model, SparseLinear.options(density=density, mask="random", seed=seed), where=hidden)
+        swap = SparseLinear.options(density=density, mask="random", rescale=True, seed=seed)
+        weft.convert_(model, swap, where=hidden)
     layers = [m for m in model.modules() if isinstance(m, SparseLinear)]
-    if mask != "dense" and density < 1:
-        with torch.no_grad():
-            for layer in layers:
-                layer.values.mul_(density**-0.5)  # outputs as large as the dense layer's
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     steps = [index for epoch in range(EPOCHS) for index in data.batches(BATCH, seed=seed, epoch=epoch)]
     stop = 3 * len(steps) // 4

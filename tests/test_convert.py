@@ -1,6 +1,8 @@
 """Swapping layers in place and back, and conversions and tapes as text."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -238,3 +240,12 @@ def test_swaps_inside_of_swapped_layers_are_undone_too():
 
 def test_globs_are_text():
     assert parse("checkpoint:where=*.mlp") == ("checkpoint", {"where": "*.mlp"})
+
+
+def test_what_can_be_made_again_is_let_go():
+    net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
+    kept = weakref.ref(net[0].weight)
+    weft.convert_(net, weft.sparsity.SparseLinear.options(density=0.1), where="0")
+    gc.collect()
+    assert kept() is None
+    assert weft.restore_(net) == ["0"] and int((net[0].weight != 0).sum()) == round(0.1 * 64 * 64)

@@ -40,9 +40,11 @@ class Convertible(nn.Module):
 
     Attributes:
         converts: types of the ordinary layers, subclasses not included (they may mean something else by ``weight``).
+        rebuilds: whether `to_dense` makes the ordinary layer from this one alone, so that the given one need not live.
     """
 
     converts: ClassVar[tuple[type[nn.Module], ...]] = ()
+    rebuilds: ClassVar[bool] = False
 
     @classmethod
     def from_dense(cls, layer: nn.Module, **options: Any) -> Self:
@@ -179,7 +181,7 @@ def _made(factory: Callable[[nn.Module], nn.Module], child: nn.Module, name: str
     if not isinstance(made, nn.Module):
         raise UsageError(f"{name}: {factory!r} gave a {type(made).__name__}; it gives a module")
     made.train(child.training)
-    vars(made)[_ORIGINAL] = child
+    vars(made)[_ORIGINAL] = None if isinstance(made, Convertible) and made.rebuilds else child
     return made
 
 

@@ -66,6 +66,7 @@ class Mixture(Convertible):
     """
 
     converts = (nn.Sequential,)
+    rebuilds = True
 
     def __init__(
         self, features: int, hidden: int, *, out_features: int | None = None, experts: int = 8,

@@ -84,6 +84,7 @@ class PEER(Convertible):
     """
 
     converts = (nn.Sequential,)
+    rebuilds = True
 
     def __init__(
         self, features: int, experts: int, *, out_features: int | None = None, heads: int = 8, active: int = 16,

@@ -148,6 +148,7 @@ class SparseLayer(Convertible):
         UsageError: for a density or a mask that does not fit.
     """
 
+    rebuilds = True
     index_names: ClassVar[tuple[str, ...]] = ("row_starts", "columns")
     values: nn.Parameter
     bias: nn.Parameter | None

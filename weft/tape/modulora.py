@@ -76,6 +76,7 @@ class ModuLoRA(Convertible):
     """
 
     converts = (nn.Linear,)
+    rebuilds = True
     bias: Tensor | None
 
     def __init__(
