@@ -65,17 +65,24 @@ def _plainly(tree: FastFeedForward) -> Callable[[Tensor], Tensor]:
 
 
 RECIPES: dict[str, dict[str, Any]] = {
-    "public example": {"hardening": 0.1, "balance": 0.0, "lr": 1e-3, "epochs": 5, "constant": True},
+    "public example": {
+        "hardening": 0.1,
+        "balance": 0.0,
+        "straight_through": False,
+        "lr": 1e-3,
+        "epochs": 5,
+        "constant": True,
+    },
+    "hardening 3, balance 1": {"hardening": 3.0, "balance": 1.0, "straight_through": False},
     "defaults": {},
-    "straight-through": {"hardening": 0.1, "balance": 0.1, "straight_through": True},
 }
 RECIPES["master leaf"] = {"master_width": 64}
 TREES = [  # depth, leaf width, recipes
-    (3, 16, ["public example", "defaults", "straight-through"]),
+    (3, 16, ["public example", "hardening 3, balance 1", "defaults"]),
     (3, 8, ["master leaf"]),
-    (2, 64, ["defaults", "straight-through"]),
-    (2, 128, ["defaults", "straight-through"]),
-    (3, 64, ["defaults", "straight-through"]),
+    (2, 64, ["hardening 3, balance 1", "defaults"]),
+    (2, 128, ["hardening 3, balance 1", "defaults"]),
+    (3, 64, ["hardening 3, balance 1", "defaults"]),
 ]
 
 

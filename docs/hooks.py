@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from generators import api, commands, methods, results, text
+from generators import api, charts, commands, methods, results, text
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
@@ -30,6 +30,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that were made."""
     for path, content in GENERATED.items():
         files.append(File.generated(config, path, content=content))
+    files.append(File.generated(config, charts.SCRIPT, content=charts.script()))
     return files
 
 

@@ -58,7 +58,6 @@ def install(tmp_path, monkeypatch):
 def test_cards_are_what_the_decorators_are_told(monkeypatch):
     told: dict[str, dict] = {}
     claimed: dict[tuple, dict] = {}
-    now = ""
 
     def fake_method(name, **arguments):
         told[name] = arguments
@@ -66,7 +65,7 @@ def test_cards_are_what_the_decorators_are_told(monkeypatch):
 
     def fake_claim(statement, **arguments):
         def mark(function):
-            claimed[now, function.__name__] = {"statement": statement, **arguments}
+            claimed[function.__module__, function.__name__] = {"statement": statement, **arguments}
             return function
 
         return mark

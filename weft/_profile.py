@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from weft._reports import Ratio
 from weft.errors import WeftError
+from weft.kernels.compiled import dispatched
 
 # Lines that the profiler's C++ side prints at every start and stop, and for every block that is older than the trace.
 _NOISE = re.compile(rb"^(USDT:|STAGE:|INFO:.*(Profiler|profiler)|\[W.*(CPUAllocator|profiler_kineto)\.cpp)")
@@ -166,7 +167,7 @@ def count_operations(step: Callable[[], object], model: nn.Module | None) -> dic
     with contextlib.ExitStack() as undo:
         for name, module in () if model is None else model.named_modules():
             watch(module, name, undo)
-        with counter:
+        with dispatched(), counter:
             step()
     total = counter.get_total_flops()
     counts = counter.get_flop_counts().get("Global", {})

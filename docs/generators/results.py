@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from generators import speed
 from generators.text import code, escape, table
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -136,4 +137,12 @@ SHOWN: dict[str, Callable[[list[Row]], str]] = {
     "mnist": _mnist,
     "tapes": _tapes,
     "keeping": _keeping,
+    "sparse": speed.sparse,
+    "sparse_mnist": speed.sparse_mnist,
+    "fast_feed_forward": speed.fast_feed_forward,
+    "fast_feed_forward_mnist": speed.fast_feed_forward_mnist,
+    "binary": speed.binary,
+    "row_skipping": speed.row_skipping,
+    "experts": speed.experts,
+    "softmax": speed.softmax,
 }

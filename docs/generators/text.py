@@ -6,13 +6,17 @@ import re
 import textwrap
 from collections.abc import Iterable, Sequence
 
-SPECIAL = re.compile(r"([\\*_\[\]<>|#])")
+SPECIAL = re.compile(r"([\\*_\[\]|#])")
 
 
 def escape(text: str) -> str:
     """Text that Markdown shows as it is; what stands between backticks stays code."""
     parts = re.split(r"(``.+?``|`[^`]+`)", text)
-    return "".join(part if part.startswith("`") else SPECIAL.sub(r"\\\1", part) for part in parts)
+    return "".join(part if part.startswith("`") else _marked(part) for part in parts)
+
+
+def _marked(text: str) -> str:
+    return SPECIAL.sub(r"\\\1", text).replace("<", "&lt;").replace(">", "&gt;")
 
 
 def code(text: object) -> str:

@@ -1,12 +1,13 @@
 """Zero activations of feed-forward layers below a threshold for each channel, and skip the weights that these need.
 
     a = act(W_gate x),  u = W_up x,  y = W_down ([a]_t * u),     [a_i]_t = 0 where |a_i| < t_i
-    t_i = q / m_i,   m_i = E|u_i|,   q = the quantile of m_i |a_i| over channels and tokens at the share ``sparsity``
+    t_i = q / m_i,   m_i = E|u_i|,   q = the quantile of m_i |a_i| over channels and tokens at the share s
 
 What a zeroed gate takes from the product is a_i u_i; before u is computed its size is expected to be m_i |a_i|, and of
-these the smallest are dropped. One threshold for all channels of a layer, the quantile of |a_i|, is CATS (Lee et al.,
-2024), here the variant ``cats``. With ``attention``, inputs of query and output projections get one threshold each, the
-quantile of their sizes; keys and values see the whole input, as errors there stay for all later tokens.
+these the smallest are dropped; s is the option ``sparsity``. One threshold for all channels of a layer, the quantile of
+|a_i|, is CATS (Lee et al., 2024), here the variant ``cats``. With ``attention``, inputs of query and output projections
+get one threshold each, the quantile of their sizes; keys and values see the whole input, as errors there stay for all
+later tokens.
 
 Paper: "CHESS: Optimizing LLM Inference via Channel-Wise Thresholding and Selective Sparsification", Junhui He, Shangyu
 Wu, Weidong Wen, Chun Jason Xue, Qingan Li, 2024, arXiv:2409.01366. The authors' code takes quantiles and means text by

@@ -8,10 +8,11 @@ as long as that file and the CPU's features are the same.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from weft.errors import UsageError
 GRAIN = 1 << 18  # elements; fewer cost less than a thread's start
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 NATIVE = (torch.float32, torch.bfloat16)  # what the kernels read and write themselves
+
+counting = 0  # countings of operations that are going on: a call past torch's dispatcher would not be among them
 
 _compiling = threading.RLock()
 _log = logging.getLogger("weft")
@@ -58,6 +61,17 @@ def operator(
     torch.library.register_fake(f"weft::{name}", fake)
     found: Callable[..., Any] = getattr(torch.ops.weft, name).default
     return found
+
+
+@contextlib.contextmanager
+def dispatched() -> Iterator[None]:
+    """Inside, in every thread, layers call operators and nothing past torch's dispatcher, so that modes see them."""
+    global counting
+    counting += 1
+    try:
+        yield
+    finally:
+        counting -= 1
 
 
 class Kernel:

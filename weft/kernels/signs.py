@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from weft.errors import UsageError, unknown
+from weft.kernels import compiled
 from weft.kernels.compiled import FLOATS, GRAIN, check_tensor, operator, share
 
 BLOCK, WORD = 8, 8  # rows, bytes
@@ -144,7 +145,7 @@ class SignMatrix:
         There is nothing to differentiate, and neither compiled nor exported code may call it.
         """
         plain = type(x) is Tensor and x.dtype is torch.float32 and x.is_contiguous() and x.is_cpu and x.ndim == 2
-        if not plain or torch.jit.is_tracing():
+        if not plain or compiled.counting or torch.jit.is_tracing():
             return None
         rows, columns = x.shape
         if columns != self.columns or rows > self.most:

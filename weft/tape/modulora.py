@@ -105,8 +105,7 @@ class ModuLoRA(Convertible):
         for name in self.names:
             self.register_buffer(f"state_{name}", state.pop(name).detach())
         self.rest = state
-        shape = self._dense(*self._state()).shape
-        if shape != weight.shape:
+        if (shape := self._dense(*self._state()).shape) != weight.shape:
             raise UsageError(f"the quantiser gave {tuple(shape)} back; the weight is {tuple(weight.shape)}")
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
         start = torch.rand(rank, self.in_features, generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,194 @@
+"""The loop that sends rows down a tree gives its reference's values, for every shape, and looks at what is its own."""
+
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from weft import measure
+from weft.errors import UsageError
+from weft.kernels import compiled, tree
+from weft.kernels.tree import ACTIVATIONS, direct_tree, tree_feed_forward, tree_feed_forward_reference
+
+NAMES = ["nodes", "node_bias", "up", "up_bias", "down", "down_bias"]
+
+
+def case(depth, width, features, outputs, rows, seed=0, bias=True, dtype=torch.float32):
+    draw = torch.Generator().manual_seed(seed)
+    leaves = 1 << depth
+    shapes = [(leaves - 1, features), (leaves - 1,), (leaves, width, features), (leaves, width)]
+    shapes += [(leaves, width, outputs), (leaves, outputs)]
+    parts = [torch.randn(shape, generator=draw, dtype=torch.float64).to(dtype) for shape in shapes]
+    if not bias:
+        parts[3] = parts[5] = None
+    return torch.randn(rows, features, generator=draw, dtype=torch.float64).to(dtype), parts
+
+
+def exact(x, parts, activation="gelu"):
+    return tree_feed_forward_reference(x.double(), *(p if p is None else p.double() for p in parts), activation)
+
+
+def near(found, wanted):
+    assert found.shape == wanted.shape
+    return torch.allclose(
+        found.double(), wanted, rtol=1e-4, atol=1e-4 * max(1.0, float(wanted.abs().amax() if wanted.numel() else 0))
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 5),
+    st.sampled_from([1, 2, 7, 8, 9, 16, 19]),
+    st.sampled_from([1, 15, 16, 17, 63, 64, 81, 130]),
+    st.sampled_from([1, 15, 16, 33, 70]),
+    st.sampled_from([0, 1, 2, 17, 65, 130]),
+    st.sampled_from(sorted(ACTIVATIONS)),
+    st.booleans(),
+    st.integers(0, 1000),
+)
+def test_the_loop_gives_the_reference(depth, width, features, outputs, rows, activation, bias, seed):
+    x, parts = case(depth, width, features, outputs, rows, seed, bias)
+    clear = torch.ones(rows, dtype=torch.bool)
+    if depth:  # rows near a boundary may go either way
+        clear = ((x.double() @ parts[0].double().T + parts[1].double()).abs() > 1e-4).all(1)
+    assert near(tree_feed_forward(x, *parts, activation)[clear], exact(x, parts, activation)[clear])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_other_dtypes_are_plain_torch(dtype):
+    x, parts = case(3, 4, 10, 6, 20, dtype=dtype)
+    assert torch.equal(tree_feed_forward(x, *parts, "relu"), tree_feed_forward_reference(x, *parts, "relu"))
+
+
+def test_strided_inputs_and_weights():
+    x, parts = case(3, 4, 10, 6, 20)
+    wide = torch.stack([x, x], 2)[..., 0]
+    mixed = [torch.stack([p, p], -1)[..., 0] for p in parts]
+    assert not wide.is_contiguous() and torch.equal(tree_feed_forward(wide, *mixed), tree_feed_forward(x, *parts))
+
+
+def test_rows_by_themselves_and_on_two_threads_give_the_same_bits():
+    x, parts = case(4, 32, 256, 256, 300)
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(tree_feed_forward(x, *parts))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found)
+    assert torch.equal(torch.cat([tree_feed_forward(row[None], *parts) for row in x]), found[0])
+
+
+def test_nan_goes_left_as_in_the_reference():
+    x, parts = case(3, 4, 10, 6, 3)
+    x[1, 2] = torch.nan
+    assert near(tree_feed_forward(x, *parts).nan_to_num(7.0), exact(x, parts).nan_to_num(7.0))
+
+
+def test_operator():
+    x, parts = case(2, 3, 5, 4, 6)
+    torch.library.opcheck(tree._tree, (x, *parts, "gelu"))
+    torch.library.opcheck(tree._tree, (x, *parts[:3], None, parts[4], None, "relu"))
+    compiled = torch.compile(lambda x: tree_feed_forward(x, *parts) + 1, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x), tree_feed_forward(x, *parts) + 1)
+
+
+def test_operations_are_those_of_one_leaf():
+    x, parts = case(3, 5, 20, 7, 9)
+    found = measure.operations(lambda: tree_feed_forward(x, *parts))["total"]
+    assert found == 9 * 2 * (3 * 20 + 5 * (20 + 7))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"x": torch.randn(3, 9)},
+        {"x": torch.randn(3, 10, dtype=torch.float64)},
+        {"x": torch.randint(3, (3, 10))},
+        {"nodes": torch.randn(6, 10)},
+        {"node_bias": torch.randn(7, 1)},
+        {"up": torch.randn(7, 4, 10)},
+        {"up": torch.randn(8, 40)},
+        {"up_bias": torch.randn(8, 5)},
+        {"down": torch.randn(8, 4)},
+        {"down_bias": torch.randn(6)},
+        {"activation": "tanh"},
+    ],
+)
+def test_what_does_not_fit(change):
+    x, parts = case(3, 4, 10, 6, 3)
+    with pytest.raises(UsageError):
+        tree_feed_forward(**{"x": x, **dict(zip(NAMES, parts, strict=True)), "activation": "gelu", **change})
+
+
+def direct(parts):
+    parameters = dict(zip(NAMES, parts, strict=True))
+    return parameters, direct_tree(parameters, NAMES, "gelu")
+
+
+def test_direct_calls_see_every_change_of_the_weights():
+    x, parts = case(3, 4, 10, 6, 5)
+    parameters, run = direct(parts)
+    with torch.inference_mode():
+        assert torch.equal(run(x), tree_feed_forward(x, *parts))
+        parts[4].mul_(2.0)
+        assert torch.equal(run(x), tree_feed_forward(x, *parts))
+        parameters["up"].data = parts[2] * 3
+        assert torch.equal(run(x), tree_feed_forward(x, *parameters.values()))
+        parameters["up"] = parts[2] * 5
+        assert torch.equal(run(x.view(1, 5, 10)), tree_feed_forward(x, *parameters.values())[None])
+        parameters["up"] = parts[2].double()
+        assert run(x) is None
+
+
+def test_direct_calls_leave_the_rest_to_the_operator():
+    x, parts = case(3, 4, 10, 6, 5)
+    _, run = direct(parts)
+    with torch.no_grad():
+        assert run(x) is not None
+        for other in (x.double(), x[:, ::2], x[:, :9].contiguous(), torch.randn(200_000, 10), torch.tensor(1.0)):
+            assert run(other) is None
+        with torch.autocast("cpu", torch.bfloat16):
+            assert run(x) is None
+        with compiled.dispatched():
+            assert run(x) is None
+        assert torch.func.vmap(lambda row: torch.zeros(()) if run(row) is None else row.sum())(x).shape == (5,)
+        assert direct([*parts[:3], None, *parts[4:]])[1](x) is None
+    assert run(x) is None
+
+
+def test_direct_calls_from_several_threads():
+    x, parts = case(4, 8, 64, 64, 40)
+    _, run = direct(parts)
+    wanted, wrong = tree_feed_forward(x, *parts), []
+
+    def work(rows):
+        with torch.inference_mode():
+            for _ in range(200):
+                if not torch.equal(run(x[:rows]), wanted[:rows]):
+                    wrong.append(rows)
+
+    workers = [threading.Thread(target=work, args=[rows]) for rows in (1, 7, 40)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+def test_the_first_use_is_quick():
+    """With no cache of machine code, in a process of its own; it takes its own temporary folder for that."""
+    program = (
+        "import os, tempfile; os.environ['NUMBA_CACHE_DIR'] = tempfile.mkdtemp()\n"
+        "import time, torch; from weft.kernels.tree import tree_feed_forward\n"
+        "w = [torch.randn(s) for s in ((1, 4), (1,), (2, 3, 4), (2, 3), (2, 3, 5), (2, 5))]\n"
+        "start = time.process_time(); tree_feed_forward(torch.randn(2, 4), *w); print(time.process_time() - start)"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert float(ran.stdout) < 5

@@ -1,0 +1,261 @@
+"""Trees of linear decisions on CPUs: each row descends to its leaf, a two-layer network that is computed for it alone.
+
+A row reads few weights, and these are cold: time goes by in waiting for memory. So eight rows of a weight are read at
+once, each a stream that the CPU fetches ahead; of what comes next, the first lines are asked for early; and rows with
+the same leaf share what is read.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba.core import types
+
+from weft.kernels.compiled import kernel
+from weft.kernels.cpu.simd import add, fma, load, operation, pointer, splat, store, total, u64
+
+U, f32 = np.uint64, np.float32
+
+FLOAT, LINE, ONE, EIGHT, LANES = U(4), U(64), U(1), U(8), U(16)
+CHUNK = U(64)  # rows that descend together: they stay in the second cache
+SAME = U(16)  # rows of a leaf that are computed together
+IDENTITY, RELU, GELU, GELU_TANH, SILU = U(0), U(1), U(2), U(3), U(4)
+
+
+@operation(types.float32, u64)
+def read(builder: Any, at: Any) -> Any:
+    """The float at an address."""
+    return builder.load(pointer(builder, at, ir.FloatType()), align=4)
+
+
+@operation(types.void, u64, types.float32)
+def write(builder: Any, at: Any, value: Any) -> Any:
+    """A float to an address."""
+    builder.store(value, pointer(builder, at, ir.FloatType()), align=4)
+
+
+@operation(types.void, u64)
+def prefetch(builder: Any, at: Any) -> Any:
+    """Asks for the cache line of an address, which need not exist."""
+    place, number = pointer(builder, at, ir.IntType(8)), ir.IntType(32)
+    kind = ir.FunctionType(ir.VoidType(), [place.type, number, number, number])
+    ask = builder.module.declare_intrinsic("llvm.prefetch", [place.type], kind)
+    builder.call(ask, [place, number(0), number(3), number(1)])
+
+
+@numba.njit(error_model="numpy")
+def dot(a: Any, x: Any, size: Any) -> Any:
+    """The product of two vectors; the order of its sums depends on ``size`` alone."""
+    end, last = size & ~U(63), size & ~U(15)
+    s0 = s1 = s2 = s3 = splat(f32(0.0))
+    for i in range(U(0), end, U(64)):
+        p, q = a + FLOAT * i, x + FLOAT * i
+        s0 = fma(load(p), load(q), s0)
+        s1 = fma(load(p + LINE), load(q + LINE), s1)
+        s2 = fma(load(p + U(128)), load(q + U(128)), s2)
+        s3 = fma(load(p + U(192)), load(q + U(192)), s3)
+    for i in range(end, last, LANES):
+        s0 = fma(load(a + FLOAT * i), load(x + FLOAT * i), s0)
+    s = total(add(add(s0, s1), add(s2, s3)))
+    for i in range(last, size):
+        s += read(a + FLOAT * i) * read(x + FLOAT * i)
+    return s
+
+
+@numba.njit(error_model="numpy")
+def dots(a: Any, x: Any, size: Any, out: Any, ahead: Any, step: Any) -> None:
+    """Products of eight vectors, ``size`` apart, with ``x``; the first lines of eight at ``ahead`` are asked for."""
+    stride = FLOAT * size
+    a1 = a + stride
+    a2 = a1 + stride
+    a3 = a2 + stride
+    a4 = a3 + stride
+    a5 = a4 + stride
+    a6 = a5 + stride
+    a7 = a6 + stride
+    last = size & ~U(15)
+    s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = splat(f32(0.0))
+    for i in range(U(0), last, LANES):
+        j = i >> U(4)
+        if j < U(48):
+            prefetch(ahead + step * (j & U(7)) + LINE * (j >> U(3)))
+        o = FLOAT * i
+        v = load(x + o)
+        s0 = fma(load(a + o), v, s0)
+        s1 = fma(load(a1 + o), v, s1)
+        s2 = fma(load(a2 + o), v, s2)
+        s3 = fma(load(a3 + o), v, s3)
+        s4 = fma(load(a4 + o), v, s4)
+        s5 = fma(load(a5 + o), v, s5)
+        s6 = fma(load(a6 + o), v, s6)
+        s7 = fma(load(a7 + o), v, s7)
+    write(out, total(s0))
+    write(out + U(4), total(s1))
+    write(out + U(8), total(s2))
+    write(out + U(12), total(s3))
+    write(out + U(16), total(s4))
+    write(out + U(20), total(s5))
+    write(out + U(24), total(s6))
+    write(out + U(28), total(s7))
+    for i in range(last, size):
+        v = read(x + FLOAT * i)
+        for r in range(U(8)):
+            at = out + FLOAT * r
+            write(at, read(at) + read(a + stride * r + FLOAT * i) * v)
+
+
+@numba.njit(error_model="numpy")
+def accumulate(a: Any, size: Any, factors: Any, out: Any, ahead: Any, step: Any) -> None:
+    """Adds eight vectors, ``size`` apart, times eight factors to ``out``; lines at ``ahead`` as in `dots`."""
+    stride = FLOAT * size
+    a1 = a + stride
+    a2 = a1 + stride
+    a3 = a2 + stride
+    a4 = a3 + stride
+    a5 = a4 + stride
+    a6 = a5 + stride
+    a7 = a6 + stride
+    last = size & ~U(15)
+    c0, c1, c2, c3 = read(factors), read(factors + U(4)), read(factors + U(8)), read(factors + U(12))
+    c4, c5, c6, c7 = read(factors + U(16)), read(factors + U(20)), read(factors + U(24)), read(factors + U(28))
+    v0, v1, v2, v3, v4, v5, v6, v7 = (
+        splat(c0),
+        splat(c1),
+        splat(c2),
+        splat(c3),
+        splat(c4),
+        splat(c5),
+        splat(c6),
+        splat(c7),
+    )
+    for i in range(U(0), last, LANES):
+        j = i >> U(4)
+        if j < U(48):
+            prefetch(ahead + step * (j & U(7)) + LINE * (j >> U(3)))
+        o = FLOAT * i
+        s, t = fma(load(a + o), v0, load(out + o)), splat(f32(0.0))
+        s, t = fma(load(a1 + o), v1, s), fma(load(a2 + o), v2, t)
+        s, t = fma(load(a3 + o), v3, s), fma(load(a4 + o), v4, t)
+        s, t = fma(load(a5 + o), v5, s), fma(load(a6 + o), v6, t)
+        store(out + o, add(fma(load(a7 + o), v7, s), t))
+    for i in range(last, size):
+        at, p = out + FLOAT * i, a + FLOAT * i
+        s = read(at) + c0 * read(p)
+        for r in range(ONE, EIGHT):
+            s += read(factors + FLOAT * r) * read(p + stride * r)
+        write(at, s)
+
+
+@numba.njit(error_model="numpy")
+def act(z: Any, kind: Any) -> Any:
+    """An activation of one number."""
+    if kind == GELU:
+        return f32(0.5) * z * (f32(1.0) + f32(math.erf(z * f32(0.7071067811865476))))
+    if kind == RELU:
+        return f32(0.0) if z < f32(0.0) else z
+    if kind == SILU:
+        return z / (f32(1.0) + f32(math.exp(-z)))
+    if kind == GELU_TANH:
+        t = f32(0.7978845608028654) * (z + f32(0.044715) * z * z * z)
+        return f32(0.5) * z * (f32(1.0) + f32(math.tanh(t)))
+    return z
+
+
+@numba.njit(error_model="numpy")
+def leaf_rows(plan: Any, leaf: Any, following: Any, x: Any, out: Any, rows: Any, count: Any, hidden: Any) -> None:
+    """Outputs of up to 16 rows with one leaf; ``following`` is the leaf that comes next."""
+    up, up_bias, down, down_bias = plan[2], plan[3], plan[4], plan[5]
+    features, outputs, width, kind = plan[6], plan[7], plan[9], plan[10]
+    into, onto = FLOAT * features, FLOAT * outputs
+    first, second, blocks = up + into * width * leaf, down + onto * width * leaf, width & ~U(7)
+    coming = up + into * width * following
+    for k in range(U(0), blocks, EIGHT):
+        ahead, step = first + into * (k + EIGHT), into
+        if k + EIGHT >= blocks:
+            ahead, step = second, onto
+        for r in range(count):
+            dots(first + into * k, x + into * rows[r], features, hidden + FLOAT * (width * r + k), ahead, step)
+    for r in range(count):
+        for k in range(blocks, width):
+            write(hidden + FLOAT * (width * r + k), dot(first + into * k, x + into * rows[r], features))
+        for k in range(width):
+            at = hidden + FLOAT * (width * r + k)
+            z = read(at)
+            if up_bias:
+                z += read(up_bias + FLOAT * (width * leaf + k))
+            write(at, act(z, kind))
+        here = out + onto * rows[r]
+        for i in range(U(0), outputs & ~U(15), LANES):
+            store(here + FLOAT * i, load(down_bias + onto * leaf + FLOAT * i) if down_bias else splat(f32(0.0)))
+        for i in range(outputs & ~U(15), outputs):
+            write(here + FLOAT * i, read(down_bias + onto * leaf + FLOAT * i) if down_bias else f32(0.0))
+    for k in range(U(0), blocks, EIGHT):
+        ahead, step = second + onto * (k + EIGHT), onto
+        if k + EIGHT >= blocks:
+            ahead, step = coming, into
+        for r in range(count):
+            factors = hidden + FLOAT * (width * r + k)
+            accumulate(second + onto * k, outputs, factors, out + onto * rows[r], ahead, step)
+    for r in range(count):
+        here = out + onto * rows[r]
+        for k in range(blocks, width):
+            c = read(hidden + FLOAT * (width * r + k))
+            for i in range(outputs):
+                at = here + FLOAT * i
+                write(at, read(at) + c * read(second + onto * k + FLOAT * i))
+
+
+@numba.njit(error_model="numpy")
+def sort(keys: Any) -> None:
+    """Sorts unsigned numbers in place."""
+    gap = U(1)
+    while gap < U(keys.size):
+        gap = U(3) * gap + ONE
+    while gap > ONE:
+        gap //= U(3)
+        for i in range(gap, U(keys.size)):
+            key, j = keys[i], U(i)
+            while j >= gap and keys[j - gap] > key:
+                keys[j] = keys[j - gap]
+                j -= gap
+            keys[j] = key
+
+
+@kernel("void(uint64[::1], uint64, uint64, uint64, uint64)")
+def descend(plan: Any, x: Any, out: Any, start: Any, stop: Any) -> None:
+    """Outputs of the rows ``start .. stop`` of ``x``, fewer than 2^32.
+
+    The plan: addresses of the nodes' weights and biases, of the leaves' first and second weights and biases (0: none),
+    then features, outputs, depth, width of a leaf, and the activation's number.
+    """
+    nodes, node_bias, features, depth, width = plan[0], plan[1], plan[6], plan[8], plan[9]
+    into, size = FLOAT * features, stop - start
+    scratch = np.empty(min(size, SAME) * width + ONE, np.float32)
+    rows, keys = np.empty(SAME, np.uint64), np.zeros(size, np.uint64)
+    hidden = U(scratch.ctypes.data)
+    for begin in range(U(0), size, CHUNK):
+        end = min(begin + CHUNK, size)
+        for _ in range(depth):
+            for r in range(begin, end):
+                if r + ONE < end:
+                    for i in range(U(0), into, LINE):
+                        prefetch(nodes + into * keys[r + ONE] + i)
+                node = keys[r]
+                z = dot(nodes + into * node, x + into * (start + r), features) + read(node_bias + FLOAT * node)
+                keys[r] = U(2) * node + (U(2) if z >= f32(0.0) else ONE)
+        for r in range(begin, end):
+            keys[r] = (keys[r] + ONE - (ONE << depth)) << U(32) | r
+    sort(keys)
+    at = U(0)
+    while at < size:
+        leaf, count = keys[at] >> U(32), U(0)
+        while at < size and count < SAME and keys[at] >> U(32) == leaf:
+            rows[count] = start + (keys[at] & U(0xFFFFFFFF))
+            count += ONE
+            at += ONE
+        leaf_rows(plan, leaf, keys[at] >> U(32) if at < size else leaf, x, out, rows, count, hidden)
+    scratch[0] = f32(0.0)  # it lives to here

@@ -1,0 +1,241 @@
+"""A tree of linear decisions over two-layer networks: each row is computed by one leaf alone."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from weft.errors import UsageError
+from weft.kernels import compiled
+from weft.kernels.compiled import FLOATS, GRAIN, check_tensor, operator, share
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda z: z,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+    "silu": F.silu,
+}
+_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
+
+
+def tree_feed_forward(
+    x: Tensor,
+    nodes: Tensor,
+    node_bias: Tensor,
+    up: Tensor,
+    up_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    activation: str = "gelu",
+) -> Tensor:
+    """``[N, O]``: each row's leaf, ``act(x up_j^T + up_bias_j) down_j + down_bias_j``; without a derivative.
+
+    A row starts at node 0 and goes from node i to 2 i + 2 where ``x nodes_i + node_bias_i >= 0``, else to 2 i + 1.
+
+    Args:
+        x: ``[N, D]``.
+        nodes: ``[2^d - 1, D]``.
+        node_bias: ``[2^d - 1]``.
+        up: ``[2^d, w, D]``.
+        up_bias: ``[2^d, w]`` or None.
+        down: ``[2^d, w, O]``.
+        down_bias: ``[2^d, O]`` or None.
+        activation: a key of `ACTIVATIONS`.
+
+    Raises:
+        UsageError: for other shapes, unequal dtypes, or another activation.
+    """
+    given = {"x": x, "nodes": nodes, "node_bias": node_bias, "up": up, "up_bias": up_bias, "down": down}
+    given["down_bias"] = down_bias
+    dtype = x.dtype if isinstance(x, Tensor) and x.dtype in FLOATS else torch.float32
+    found = {name: check_tensor(name, t, (dtype,)) for name, t in given.items() if t is not None}
+    if activation not in ACTIVATIONS:
+        raise UsageError(f"activation={activation!r}: give one of {', '.join(ACTIVATIONS)}")
+    leaves, width, features = up.shape if up.ndim == 3 else (0, 0, 0)
+    outputs = down.shape[-1]
+    shapes = {
+        "x": (*x.shape[:1], features),
+        "nodes": (leaves - 1, features),
+        "node_bias": (leaves - 1,),
+        "up": (leaves, width, features),
+        "up_bias": (leaves, width),
+        "down": (leaves, width, outputs),
+        "down_bias": (leaves, outputs),
+    }
+    wrong = [f"{name} {list(t.shape)}" for name, t in found.items() if tuple(t.shape) != shapes[name]]
+    if wrong or leaves < 1 or leaves & (leaves - 1):
+        raise UsageError(
+            f"{', '.join(wrong) or f'{leaves} leaves'}: give x [N, D], nodes [L - 1, D], node_bias [L - 1], "
+            "up [L, w, D], up_bias [L, w], down [L, w, O] and down_bias [L, O] with L a power of two"
+        )
+    whole = {name: t.contiguous() for name, t in found.items()}
+    return _tree(*(whole.get(name) for name in given), activation)
+
+
+def leaves_of(x: Tensor, nodes: Tensor, node_bias: Tensor) -> Tensor:
+    """The leaf ``[N]`` int64 to which each row of ``x [N, D]`` descends, in plain torch."""
+    place = torch.zeros(len(x), dtype=torch.long, device=x.device)
+    for _ in range((len(nodes) + 1).bit_length() - 1):
+        z = torch.linalg.vecdot(nodes[place], x) + node_bias[place]
+        place = 2 * place + 1 + (z >= 0)
+    return place - len(nodes)
+
+
+def tree_feed_forward_reference(
+    x: Tensor,
+    nodes: Tensor,
+    node_bias: Tensor,
+    up: Tensor,
+    up_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """`tree_feed_forward` in plain torch."""
+    out = x.new_zeros(len(x), down.shape[2])
+    if len(x):
+        leaf = leaves_of(x, nodes, node_bias)
+        for j in leaf.unique().tolist():
+            rows = (leaf == j).nonzero().squeeze(1)
+            h = ACTIVATIONS[activation](F.linear(x[rows], up[j], None if up_bias is None else up_bias[j]))
+            y = h @ down[j]
+            out[rows] = y if down_bias is None else y + down_bias[j]
+    return out
+
+
+def _fake(
+    x: Tensor, nodes: Tensor, node_bias: Tensor, up: Tensor, up_bias: Any, down: Tensor, down_bias: Any, activation: str
+) -> Tensor:
+    return x.new_empty(x.shape[0], down.shape[2])
+
+
+def _plan(parts: Sequence[Tensor | None], activation: str) -> Any:
+    """What the loop for CPUs needs to know of nodes and leaves; for as long as the memory of ``parts`` stays."""
+    import numpy as np
+
+    up, down = parts[2], parts[4]
+    assert up is not None and down is not None
+    leaves, width, features = up.shape
+    numbers = [0 if p is None else p.data_ptr() for p in parts]
+    numbers += [features, down.shape[2], leaves.bit_length() - 1, width, _NUMBERS[activation]]
+    return np.array(numbers, np.uint64)
+
+
+def _native(parts: Sequence[Tensor | None]) -> bool:
+    """Whether the loop for CPUs reads these as they are."""
+    return sys.byteorder == "little" and all(
+        p is None or (p.device.type == "cpu" and p.dtype == torch.float32 and p.is_contiguous()) for p in parts
+    )
+
+
+def direct_tree(
+    parameters: Mapping[str, Tensor | None], names: Sequence[str], activation: str
+) -> Callable[[Tensor], Tensor | None]:
+    """`tree_feed_forward` of few rows on CPUs, without the dispatcher, which costs more than a row's whole tree.
+
+    Where a derivative, another dtype, a compiler or `weft.kernels.compiled.dispatched` is in play, or there is work for
+    several threads, it returns None, and the operator has to do it; other dispatch modes do not see the call. It
+    remembers where the weights are and looks whether they still are.
+
+    Args:
+        parameters: a module's; looked at in each call.
+        names: of nodes, node_bias, up, up_bias, down, down_bias among them.
+        activation: a key of `ACTIVATIONS`.
+    """
+    state: tuple[Any, ...] = ((), None, None, 0, 0, 0)  # replaced as a whole: several threads may call
+    values: Any = parameters.values()  # a missing bias is a TypeError
+    address = Tensor.data_ptr
+    compiling, derivatives, autocast = torch.compiler.is_compiling, torch.is_grad_enabled, torch.is_autocast_enabled
+    overridden, empty_like, single = torch.overrides.has_torch_function_unary, torch.empty_like, torch.float32
+
+    def look(addresses: tuple[int, ...]) -> tuple[Any, ...] | None:
+        nonlocal state
+        parts = [parameters.get(name) for name in names]
+        up, down = parts[2], parts[4]
+        if up is None or down is None or not _native(parts) or not up.shape[2]:
+            return None
+        from weft.kernels.cpu import tree as loops
+
+        most = 2 * GRAIN // _unit(up, down) - 1  # so that the operator, too, would use one thread
+        state = (addresses, loops.descend.compile(), _plan(parts, activation), up.shape[2], down.shape[2], most)
+        return state
+
+    def run(x: Tensor) -> Tensor | None:
+        if (
+            compiling()
+            or derivatives()
+            or type(x) is not Tensor
+            or x.dtype is not single
+            or not x.is_cpu
+            or not x.is_contiguous()
+            or autocast("cpu")
+            or overridden(x)
+            or compiled.counting
+        ):
+            return None
+        try:
+            source, addresses = address(x), tuple(map(address, values))
+        except (RuntimeError, TypeError):  # inside torch.func's transforms; without a bias
+            return None
+        found = state if addresses == state[0] else look(addresses)
+        if found is None:
+            return None
+        _, loop, plan, features, outputs, most = found
+        shape = x.shape
+        if not shape or shape[-1] != features or (rows := x.numel() // features) > most:
+            return None
+        out = empty_like(x) if outputs == features else x.new_empty((*shape[:-1], outputs))
+        if type(out) is not Tensor:  # a mode has put a stand-in there
+            return None
+        loop(plan, source, address(out), 0, rows)
+        return out
+
+    return run
+
+
+def _unit(up: Tensor, down: Tensor) -> int:
+    """Elements whose thread's share costs as much as a row."""
+    return max(1, (up[0].numel() + down[0].numel()) // 4)
+
+
+def _cpu(
+    x: Tensor, nodes: Tensor, node_bias: Tensor, up: Tensor, up_bias: Any, down: Tensor, down_bias: Any, activation: str
+) -> Tensor:
+    parts = (nodes, node_bias, up, up_bias, down, down_bias)
+    if not _native((x, *parts)):
+        return tree_feed_forward_reference(x, *parts, activation)
+    from weft.kernels.cpu import tree as loops
+
+    out = x.new_empty(x.shape[0], down.shape[2])
+    plan, source, target = _plan(parts, activation), x.data_ptr(), out.data_ptr()
+    unit = _unit(up, down)
+    share(lambda start, stop: loops.descend(plan, source, target, start // unit, stop // unit), len(x) * unit, unit)
+    return out
+
+
+def _cuda(*args: Any) -> Tensor:
+    raise ImportError("plain torch runs there")
+
+
+_tree = operator(
+    "tree_feed_forward(Tensor x, Tensor nodes, Tensor node_bias, Tensor up, Tensor? up_bias, Tensor down, "
+    "Tensor? down_bias, str activation) -> Tensor",
+    tree_feed_forward_reference,
+    fake=_fake,
+    cpu=_cpu,
+    cuda=_cuda,
+)
+
+
+@register_flop_formula(torch.ops.weft.tree_feed_forward)
+def _operations(x: Any, nodes: Any, node_bias: Any, up: Any, up_bias: Any, down: Any, *_: Any, **__: Any) -> int:
+    """A row passes one node of each level and one leaf."""
+    depth = up[0].bit_length() - 1
+    return int(2 * x[0] * (depth * x[1] + up[1] * (up[2] + down[2])))
