@@ -212,6 +212,13 @@ def test_the_training_loops_of_page_and_readme_run():
     assert "LSTM" in run("-W", "error", "-c", f"{program}\n{batches}\n{short}")
 
 
+@pytest.mark.parametrize("name", ["memory.md", "speed.md"])
+def test_the_snippets_of_a_page_are_one_program(name):
+    snippets = [code for _, code in blocks((DOCS / name).read_text(encoding="utf-8"))]
+    assert len(snippets) >= 2
+    run("-W", "error", "-c", "\n".join(snippets))
+
+
 def test_a_method_of_your_own(tmp_path):
     page = (DOCS / "your-own-method.md").read_text(encoding="utf-8")
     files = {title: code for title, code in blocks(page) + blocks(page, "toml") if title}

@@ -10,7 +10,7 @@ import pytest
 import weft
 
 ROOT = Path(weft.__file__).parent
-FAMILIES = {init.parent.name for init in ROOT.glob("*/__init__.py") if "exports(__name__)" in init.read_text()}
+FAMILIES = {init.parent.name for init in ROOT.glob("*/__init__.py") if "exports(__name__" in init.read_text()}
 LAYERS = [  # each may import those above it in this list, and its own
     {"errors"},
     {"kernels"},

@@ -93,18 +93,29 @@ def refresh() -> None:
     _catalogue.cache_clear()
 
 
-def exports(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """``__getattr__`` and ``__dir__`` of a family's package: every method under its own name, imported on use."""
+def exports(
+    package: str, bases: Mapping[str, str] | None = None
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """``__getattr__`` and ``__dir__`` of a family's package: every method under its own name, imported on use.
+
+    Args:
+        package: its ``__name__``.
+        bases: what else it gives, by the module that has it; a literal called BASES, which the type stubs read.
+    """
     family = package.rpartition(".")[2]
 
     def lookup(name: str) -> Any:
+        if bases is not None and name in bases:
+            return getattr(importlib.import_module(bases[name]), name)
         for found in _catalogue():
             if found.family == family and found.export == name:
                 return found.build if found.variant_of else found.load()
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
     def listing() -> list[str]:
-        return sorted({*vars(sys.modules[package]), *(c.export for c in _catalogue() if c.family == family)})
+        return sorted(
+            {*vars(sys.modules[package]), *(bases or ()), *(c.export for c in _catalogue() if c.family == family)}
+        )
 
     return lookup, listing
 

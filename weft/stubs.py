@@ -7,14 +7,15 @@ writes ``__init__.pyi`` beside each family's ``__init__.py``; installing the pac
 
 from __future__ import annotations
 
+import ast
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from weft.cards import Card, read_cards
 
-MARK = "exports(__name__)"
+MARK = "exports(__name__"
 HEAD = "# Written by weft.stubs from the cards of this folder; not to be edited, not in version control.\n"
 
 
@@ -30,10 +31,11 @@ def write_stubs(root: Path | str | None = None) -> list[Path]:
     folder = Path(root) if root is not None else Path(__file__).parent
     written = []
     for init in sorted(folder.glob("*/__init__.py")):
-        if MARK not in init.read_text(encoding="utf-8"):
+        source = init.read_text(encoding="utf-8")
+        if MARK not in source:
             continue
         package = f"{folder.name}.{init.parent.name}"
-        text = stub(package, _cards(package, init.parent))
+        text = stub(_cards(package, init.parent), _bases(source))
         path = init.with_suffix(".pyi")
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             _replace(path, text)
@@ -41,17 +43,24 @@ def write_stubs(root: Path | str | None = None) -> list[Path]:
     return written
 
 
-def stub(package: str, cards: Iterable[Card]) -> str:
-    """The source of one package's stub: every method under the name that the package exports."""
+def stub(cards: Iterable[Card], bases: Mapping[str, str]) -> str:
+    """The source of one package's stub: every method under the name that the package exports, and its bases."""
     names = {card.export: (card.module, card.object) for card in cards}
-    if package.endswith(".rules"):
-        names["Rule"] = (f"{package}.base", "Rule")
-        names |= {name: (f"{package}.solver", name) for name in ("Report", "Solver")}
+    names |= {name: (module, name) for name, module in bases.items()}
     lines = []
     for export, (module, name) in sorted(names.items(), key=lambda item: (item[1][0], item[0])):
         lines.append(f"from {module} import {name} as {export}\n")
     listed = "".join(f'    "{export}",\n' for export in sorted(names))
     return HEAD + "\n" + "".join(lines) + "\n__all__ = [\n" + listed + "]\n"
+
+
+def _bases(source: str) -> dict[str, str]:
+    """The literal BASES of a package."""
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "BASES":
+            found: dict[str, str] = ast.literal_eval(node.value)
+            return found
+    return {}
 
 
 def _cards(package: str, folder: Path) -> list[Card]:

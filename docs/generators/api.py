@@ -46,10 +46,10 @@ def _top() -> str:
 
 def _module(name: str, module: ModuleType) -> str:
     parts = [f"# weft.{name} {{ #weft.{name} }}\n", escape(inspect.getdoc(module) or "") + "\n"]
-    if name == "rules":
-        listed = [f"[{card.export}](../methods/{card.name}.md)" for card in cards() if card.family == "rules"]
+    listed = [f"[{card.export}](../methods/{card.name}.md)" for card in cards() if card.family == name]
+    if listed:
         parts.append(f"Every method has its own page: {', '.join(listed)}.\n")
-    found = {key: getattr(module, key) for key in ("Rule", "Solver", "Report")} if name == "rules" else public(module)
+    found = {key: getattr(module, key) for key in getattr(module, "BASES", ())} if listed else public(module)
     return "\n".join(parts + [entry(f"weft.{name}", key, obj) for key, obj in found.items()])
 
 

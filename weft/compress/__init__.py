@@ -2,4 +2,8 @@
 
 from weft.method import exports
 
-__getattr__, __dir__ = exports(__name__)
+BASES = {
+    "Compressor": "weft.compress.base",
+    "Report": "weft.compress.base",
+}
+__getattr__, __dir__ = exports(__name__, BASES)

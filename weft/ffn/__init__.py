@@ -2,4 +2,8 @@
 
 from weft.method import exports
 
-__getattr__, __dir__ = exports(__name__)
+BASES = {
+    "Pathway": "weft.ops.pathway",
+    "loss_scale": "weft.ops.auxiliary",
+}
+__getattr__, __dir__ = exports(__name__, BASES)
