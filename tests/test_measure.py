@@ -443,3 +443,14 @@ def test_passes_of_rules():
     assert found["forward-forward"] == {"forward": 3.0, "backward": 2.0, "transposed": 0}
     assert found["pepita"]["forward"] == 2.0
     assert found["forward-gradient"] == {"forward": 1.0, "backward": 0.0, "transposed": 0}
+
+
+def test_converted_layers_at_inference():
+    found = weft.measure_step("mlp:32x32", convert="sparse-linear:density=0.25,where=3")["change"]["inference"]
+    assert set(found) == {"1", "128"}
+    dense, sparse = 64 * 32 + 32 * 32 + 32 * 10, 64 * 32 + 32 * 32 // 4 + 32 * 10
+    for rows, one in found.items():
+        assert one["operations"]["plain"] == 2 * int(rows) * dense
+        assert one["operations"]["changed"] <= 2 * max(16, int(rows)) * sparse  # batches are filled up to 16
+        assert one["time"]["seconds"] > 0
+    assert weft.measure_step("mlp:32x32", tape="quantise:bits=4")["change"]["inference"] == {}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,7 +58,7 @@ def measure_step(
         ``peak_without_gradients_ratio``, ``time`` (:class:`weft.measure.Ratio`, changed to plain), ``loss`` (of both)
         and ``gradient``: ``{"whole": {"cosine", "relative_error"}, "layers": {name: ...}}``, the changed step's
         against the plain one's, at the same weights, batch and dropout masks; ``untrained``: parameters that get no
-        gradient of their own any more.
+        gradient of their own any more; ``inference``, with swapped layers: see `compare_inference`.
 
     Raises:
         UsageError, DataError, Unsupported: for names that do not exist and combinations that cannot work.
@@ -90,6 +92,7 @@ def measure_step(
                     report["change"][f"{key}_ratio"] = _over(plain[f"{key}_bytes"], report[f"{key}_bytes"])
                 key = "peak_bytes_without_gradients"
                 report["change"]["peak_without_gradients_ratio"] = _over(plain[key], report[key])
+                report["change"]["inference"] = compare_inference(net, changed, batch[0]) if swaps else {}
         except WeftError:
             raise
         except (Exception, SystemExit) as error:
@@ -163,6 +166,27 @@ def compare_steps(plain: Step, changed: Step, batch: tuple[Any, Tensor], names: 
     return {"time": time, "loss": dict(zip(("plain", "changed"), losses, strict=True)), "gradient": gradient} | {
         "untrained": untrained
     }
+
+
+def compare_inference(plain: nn.Module, changed: nn.Module, x: Any) -> dict[str, Any]:
+    """Inference of one row and of the whole batch, in eval mode and without gradients; of a graph the whole alone.
+
+    Returns:
+        By the number of rows, ``"1"`` and that of the batch: ``operations`` (``plain`` and ``changed``, of both models'
+        forward passes) and ``time`` (:class:`weft.measure.Ratio`, changed to plain, CPU seconds).
+    """
+    models_ = [copy.deepcopy(model).eval() for model in (plain, changed)]
+    found: dict[str, Any] = {}
+    for rows in sorted({1, len(x)}) if isinstance(x, Tensor) else [0]:
+        parts = [(part,) for part in x.split(rows)[:16]] if rows else [x]
+        with torch.inference_mode():
+            spent = [measure.operations(functools.partial(model, *parts[0]))["total"] for model in models_]
+            time = measure.step_ratio(models_[1], models_[0], inputs=itertools.cycle(parts)).to_dict()
+        found[str(rows or len(x[0]))] = {
+            "operations": dict(zip(("plain", "changed"), spent, strict=True)),
+            "time": time,
+        }
+    return found
 
 
 def _over(plain: int, changed: int) -> float | None:

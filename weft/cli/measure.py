@@ -57,10 +57,20 @@ def _compare(document: dict[str, Any]) -> None:
         ("peak, gradients allocated before", "peak_bytes_without_gradients"),
     ):
         before, after = plain[key], document[key]
-        made.add_row(label, size(before), size(after), f"{before / after:.3g} times" if after else "all")
+        made.add_row(label, size(before), size(after), _times(before, after))
     time = change["time"]
     cells = [f"{number(1000 * time[key], 3)} ms" for key in ("baseline_seconds", "seconds")]
     made.add_row("step, CPU time", *cells, "-" if time["ratio"] is None else f"takes {time['ratio']:.2f} times")
+    made.add_row(
+        "operations of a step", *(f"{of['operations']['total']:,}" for of in (plain, document)),
+        _times(plain["operations"]["total"], document["operations"]["total"]),
+    )  # fmt: skip
+    for rows, found in change["inference"].items():
+        what, spent, time = f"inference of {rows} row{'s' * (rows != '1')}", found["operations"], found["time"]
+        cells = [f"{number(1e6 * time[key], 3)} us" for key in ("baseline_seconds", "seconds")]
+        less = "-" if time["ratio"] is None else f"takes {time['ratio']:.2g} times"
+        made.add_row(f"{what}, CPU time", *cells, less)
+        made.add_row(f"{what}, operations", *(f"{n:,}" for n in spent.values()), _times(*spent.values()))
     made.add_row("loss", *(number(change["loss"][key], 6) for key in ("plain", "changed")), "")
     console.print(made)
     console.print()
@@ -72,6 +82,10 @@ def _compare(document: dict[str, Any]) -> None:
     for key, text in (("swapped", "swapped"), ("untrained", "without a gradient of their own")):
         if change[key]:
             console.print(f"{text}: {', '.join(change[key])}", soft_wrap=True)
+
+
+def _times(before: float, after: float) -> str:
+    return f"{before / after:.3g} times" if after else "all"
 
 
 def _show(document: dict[str, Any]) -> None:
