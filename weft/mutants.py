@@ -30,12 +30,8 @@ def mutated(owner: Card, one: ClaimCard, mutant: str) -> types.ModuleType:
         raise WeftError(f"mutant {mutant!r} of {one.function} names no module: {elsewhere[0]!r}")
     _replaced(elsewhere[0], Path(spec.origin), old, new)
     untouched = {elsewhere[0], "weft.errors", "weft.cards", "weft.method", "weft.mutants", "weft.claim"}
-    kernels = (
-        () if elsewhere[0].startswith("weft.kernels") else ("weft.kernels",)
-    )  # torch knows their operators by name
-    for loaded in [
-        n for n in sys.modules if n.startswith("weft.") and n not in untouched and not n.startswith(kernels)
-    ]:
+    untouched.add("weft.kernels.compiled")  # it knows which operators torch has
+    for loaded in [n for n in sys.modules if n.startswith("weft.") and n not in untouched]:
         del sys.modules[loaded]
     sys.modules.pop(owner.module, None)
     return importlib.import_module(owner.module)

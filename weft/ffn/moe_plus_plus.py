@@ -205,9 +205,9 @@ def nothing_computed(seed: int) -> list[Check]:
     outside = [sum(found.values()) - n for found, n in zip(counted, (ours, theirs), strict=True)]
     gating = 2 * 400 * d * (experts + 3), 2 * 400 * d * experts
     route = (x @ layer.router.T).argmax(1)
-    out, last = layer(x), experts + 2
+    out, last = layer(x).detach(), experts + 2
     free = int((route >= experts).sum())
-    plain = torch.stack([_expert(layer, int(e), row[None])[0] for e, row in zip(route, x, strict=True)])
+    plain = torch.stack([_expert(layer, int(e), row[None])[0] for e, row in zip(route, x, strict=True)]).detach()
     return [
         Check(int((out[route == last] != 0).sum() + (out[route == last - 1] != x[route == last - 1]).sum()), 0, "=="),
         Check(float((out - plain).abs().max()), 1e-5, what="the chosen expert's output"),
@@ -249,8 +249,7 @@ def every_expert(seed: int) -> list[Check]:
     x, errors = (torch.randn(tokens, d, generator=draw, dtype=torch.float64) for _ in range(2))
     x.requires_grad_()
     leaves = [x, *model.parameters()]
-    h: Any = x
-    scores, losses = None, list[Any]()
+    h, scores, losses = x, None, list[Any]()
     for layer in layers:
         own = h @ layer.router.T
         scores = own if scores is None or layer.residual is None else own + scores @ layer.residual.T
@@ -267,12 +266,13 @@ def every_expert(seed: int) -> list[Check]:
                 if room[e] >= 0 and e < count - 1:
                     gates[t, e] = p[t, e] / total
         losses.append(sum((1 if e < 3 else 0.75) * shares[e] * p[:, e].mean() for e in range(count)))
-        h = sum(gates[:, e, None] * _expert(layer, e, h) for e in range(count))
+        h = sum((gates[:, e, None] * _expert(layer, e, h) for e in range(count)), torch.zeros_like(h))
     wanted = torch.autograd.grad((h * errors).sum() + 0.5 * sum(losses), leaves)
     out = model(x)
     found = torch.autograd.grad((out * errors).sum(), leaves)
     worst = max(float((a - b).abs().max() / (1 + b.abs().max())) for a, b in zip(found, wanted, strict=True))
-    told = max(abs(float(a.balance_loss or 0) - float(b)) for a, b in zip(layers, losses, strict=True))
+    said = [layer.balance_loss.detach() if layer.balance else 0 for layer in layers]  # type: ignore[union-attr]
+    told = max(abs(float(a) - float(b.detach())) for a, b in zip(said, losses, strict=True))
     return [
         Check(float((out - h).detach().abs().max()), 1e-9, what="output"),
         Check(worst, 1e-9, what="gradients"),

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from weft.errors import UsageError
 
@@ -26,6 +27,7 @@ NATIVE = (torch.float32, torch.bfloat16)  # what the kernels read and write them
 
 counting = 0  # countings of operations that are going on: a call past torch's dispatcher would not be among them
 
+_operators: dict[str, dict[str, Callable[..., Any]]] = {}  # by name: what each runs
 _compiling = threading.RLock()
 _log = logging.getLogger("weft")
 
@@ -54,13 +56,28 @@ def operator(
             return reference(*args)
 
     name = schema.partition("(")[0]
-    torch.library.define(f"weft::{name}", schema.removeprefix(name), tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(f"weft::{name}", "default", reference)
-    torch.library.impl(f"weft::{name}", "cpu", cpu if sys.byteorder == "little" else reference)
-    torch.library.impl(f"weft::{name}", "cuda", on_cuda)
-    torch.library.register_fake(f"weft::{name}", fake)
+    new = name not in _operators
+    native = cpu if sys.byteorder == "little" else reference
+    _operators[name] = {"default": reference, "cpu": native, "cuda": on_cuda, "fake": fake}
+
+    def by(kind: str) -> Callable[..., Any]:
+        return lambda *args, **given: _operators[name][kind](*args, **given)
+
+    if new:  # torch knows an operator for good; a file that is run again replaces what it does
+        torch.library.define(f"weft::{name}", schema.removeprefix(name), tags=(torch.Tag.pt2_compliant_tag,))
+        for kind in ("default", "cpu", "cuda"):
+            torch.library.impl(f"weft::{name}", kind, by(kind))
+        torch.library.register_fake(f"weft::{name}", by("fake"))
     found: Callable[..., Any] = getattr(torch.ops.weft, name).default
     return found
+
+
+def operations_of(*names: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Says how many floating-point operations operators take, as `torch.utils.flop_counter.register_flop_formula`."""
+    targets = [getattr(torch.ops.weft, name) for name in names]
+    for target in targets:
+        flop_registry.pop(target, None)
+    return register_flop_formula(targets)
 
 
 @contextlib.contextmanager

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils.flop_counter import register_flop_formula
 
 from weft.errors import UsageError
-from weft.kernels.compiled import operator
+from weft.kernels.compiled import operations_of, operator
 
 __all__ = ["grouped_linear"]
 
@@ -163,12 +162,12 @@ _gradients = operator(
 )
 
 
-@register_flop_formula(torch.ops.weft.grouped_linear)
+@operations_of("grouped_linear")
 def _product_operations(x: Any, rows: Any, sizes: Any, bias: Any, scale: Any, weights: Any, **given: Any) -> int:
     return 2 * (x if rows is None else rows)[0] * weights[0][0] * weights[0][1]
 
 
-@register_flop_formula(torch.ops.weft.grouped_linear_backward)
+@operations_of("grouped_linear_backward")
 def _gradients_operations(grad: Any, x: Any, rows: Any, sizes: Any, bias: Any, scale: Any, weights: Any, by_x: bool,
     by_bias: bool, by_scale: bool, by_weights: bool, **given: Any) -> int:  # fmt: skip
     return 2 * grad[0] * weights[0][0] * weights[0][1] * (by_x + by_weights)

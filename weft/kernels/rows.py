@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils.flop_counter import register_flop_formula
 
-from weft.kernels.compiled import operator
+from weft.kernels.compiled import operations_of, operator
 
 __all__ = ["row_products", "row_sums"]
 
@@ -149,11 +148,11 @@ _products, _sums, _add_rows = (
 )
 
 
-@register_flop_formula([torch.ops.weft.row_products, torch.ops.weft.row_sums])
+@operations_of("row_products", "row_sums")
 def _products_operations(x: Any, table: Any, numbers: Any, **given: Any) -> int:
     return 2 * numbers[0] * numbers[1] * table[1]
 
 
-@register_flop_formula(torch.ops.weft.add_rows)
+@operations_of("add_rows")
 def _add_rows_operations(weights: Any, x: Any, numbers: Any, rows: Any, **given: Any) -> int:
     return 2 * numbers[0] * numbers[1] * x[1]

@@ -22,10 +22,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from weft.errors import UsageError
-from weft.kernels.compiled import operator, share
+from weft.kernels.compiled import operations_of, operator, share
 
 GROUPS = 8  # parts of a batch whose sums for a weight are added at the end, for one thread as for more
 LARGEST_SUMS = 1 << 22  # numbers that all parts' sums have together, or else there are two parts
@@ -386,13 +385,13 @@ sparse_conv2d_backward = operator(
 )
 
 
-@register_flop_formula([torch.ops.weft.sparse_linear, torch.ops.weft.sparse_conv2d])
+@operations_of("sparse_linear", "sparse_conv2d")
 def _product_flops(x: Any, values: Any, *rest: Any, out_shape: Any = None, **more: Any) -> int:
     """A product and a sum for each stored weight, sample and pixel, those on padding included."""
     return int(2 * values[0] * out_shape[0] * math.prod(out_shape[2:]))
 
 
-@register_flop_formula([torch.ops.weft.sparse_linear_backward, torch.ops.weft.sparse_conv2d_backward])
+@operations_of("sparse_linear_backward", "sparse_conv2d_backward")
 def _backward_flops(grad: Any, x: Any, values: Any, *rest: Any, out_shape: Any = None, **more: Any) -> int:
     """The same for the input's gradient and for the weights', where they are asked for."""
     asked = int(rest[-3]) + int(rest[-2])

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from weft.errors import UsageError
 from weft.kernels import compiled
-from weft.kernels.compiled import FLOATS, GRAIN, check_tensor, operator, share
+from weft.kernels.compiled import FLOATS, GRAIN, check_tensor, operations_of, operator, share
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda z: z,
@@ -234,7 +233,7 @@ _tree = operator(
 )
 
 
-@register_flop_formula(torch.ops.weft.tree_feed_forward)
+@operations_of("tree_feed_forward")
 def _operations(x: Any, nodes: Any, node_bias: Any, up: Any, up_bias: Any, down: Any, *_: Any, **__: Any) -> int:
     """A row passes one node of each level and one leaf."""
     depth = up[0].bit_length() - 1
