@@ -10,7 +10,7 @@ from plotly.offline import get_plotlyjs
 
 SCRIPT = "javascripts/plotly.min.js"
 INK, GRID = "#7d848d", "rgba(125, 132, 141, 0.25)"  # on white and on black
-COLOURS = ("#0b5394", "#c77d1a", "#1d8757", "#d8359a", "#8a6a12", "#4f97ea")
+COLOURS = ("#2f74c8", "#c77d1a", "#1d8757", "#d8359a", "#8a6a12", "#4f97ea")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "star")
 
 Points = Sequence[tuple[float, float]]
