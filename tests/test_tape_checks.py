@@ -205,7 +205,7 @@ TAPES = {  # changes of the source, the check that fails, and what it says
             (
                 ERROR,
                 f"{ERROR}\n\n    def enter(self, hold):\n"
-                "        threading.Thread(target=threading.Event().wait, args=(20,), daemon=True).start()",
+                "        threading.Thread(target=threading.Event().wait, daemon=True).start()",
             )
         ],
         "nothing_left",
