@@ -238,6 +238,20 @@ def test_swaps_inside_of_swapped_layers_are_undone_too():
     assert not any(isinstance(m, Convertible) for m in net.modules())
 
 
+def test_a_swap_that_cannot_be_undone_leaves_the_model_as_it_was():
+    class Stuck(Scaled):
+        def to_dense(self):
+            raise Unsupported("it has no ordinary form", "nothing")
+
+    net = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.GELU()), nn.Linear(4, 2))
+    weft.convert_(net, Stuck.options(factor=3.0), where="0.*")
+    weft.convert_(net, weft.tape.Checkpoint, where="0")
+    before = list(net.modules())
+    with pytest.raises(Unsupported, match="no ordinary form"):
+        weft.restore_(net)
+    assert list(map(id, net.modules())) == list(map(id, before))
+
+
 def test_globs_are_text():
     assert parse("checkpoint:where=*.mlp") == ("checkpoint", {"where": "*.mlp"})
 

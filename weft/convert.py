@@ -136,16 +136,21 @@ def restore_(model: nn.Module) -> list[str]:
     Raises:
         Unsupported: when a layer has no ordinary form any more; the model is then as it was.
     """
-    names: list[str] = []
-    while found := [place for place in _places(model) if _ORIGINAL in vars(place[3])]:
-        back: dict[int, nn.Module] = {}
-        for _, _, _, child in found:
-            if id(child) not in back:
-                back[id(child)] = _back(child)
-        for name, parent, key, child in found:
-            setattr(parent, key, back[id(child)])
-            names.append(name)
-    return list(dict.fromkeys(names))  # what was swapped inside of a swapped layer comes in the next round
+    done: list[tuple[str, nn.Module, str, nn.Module]] = []
+    try:
+        while found := [place for place in _places(model) if _ORIGINAL in vars(place[3])]:
+            back: dict[int, nn.Module] = {}
+            for _, _, _, child in found:
+                if id(child) not in back:
+                    back[id(child)] = _back(child)
+            for name, parent, key, child in found:
+                setattr(parent, key, back[id(child)])
+                done.append((name, parent, key, child))  # what was swapped inside of it comes in the next round
+    except BaseException:
+        for _, parent, key, child in reversed(done):
+            setattr(parent, key, child)
+        raise
+    return list(dict.fromkeys(name for name, *_ in done))
 
 
 def _back(swapped: nn.Module) -> nn.Module:

@@ -152,7 +152,9 @@ class Session(AbstractContextManager["Session"]):
     def _known(self, name: str) -> str:
         """A module's name as users know it: for a rule, that in the model which it trains."""
         inner = getattr(self.model, "trains", None)
-        return "" if name == inner else name if inner is None else name.removeprefix(f"{inner}.")
+        if not isinstance(inner, str):  # a model of one's own may call anything so
+            return name
+        return "" if name == inner else name.removeprefix(f"{inner}.")
 
     def _announce(self, module: nn.Module, name: str, undo: ExitStack) -> None:
         """Makes the module say when it runs. The hooks do nothing else: `checkpoint` inside must stay in charge."""
