@@ -157,6 +157,11 @@ def _planned(
     whole = any(isinstance(m, NORMS) and m.training for m in model.modules())  # its statistics are the whole batch's
     counts = [1] if whole else sorted({a for a in (1, 2, 4, 8, 16, 32, 64) if a <= rows})
     spare, error, best, done, fits = 0.0, max_gradient_error, None, None, False
+
+    def within(measured: dict[str, float]) -> bool:
+        near = max_gradient_error is None or measured["gradient_error"] <= max(max_gradient_error, EXACT)
+        return near and measured["memory_bytes"] <= limit
+
     for _ in range(ROUNDS):
         best = best_in_parts(costs, rows, room - spare, counts, error, slowest)
         if best is None:
@@ -164,8 +169,7 @@ def _planned(
         tell("verifying")
         done = _verified(probe, costs, *best, fixed)
         over, off = done[1]["memory_bytes"] - limit, done[1]["gradient_error"]
-        fits = over <= 0 and (max_gradient_error is None or off <= max(max_gradient_error, EXACT))
-        if fits:
+        if fits := within(done[1]):
             break
         spare += over + 0.01 * limit if over > 0 else 0.0
         if error and max_gradient_error and off > max_gradient_error:
@@ -174,7 +178,7 @@ def _planned(
         best = nearest(costs, rows, counts, error, slowest)
         tell("verifying")
         done = _verified(probe, costs, *best, fixed)
-        fits = done[1]["memory_bytes"] <= limit and (error is None or done[1]["gradient_error"] <= max(error, EXACT))
+        fits = within(done[1])
     assert best is not None and done is not None
     choice, parts = best
     names = {block: costs.ways[o].name for block, o in zip(probe.blocks, choice, strict=True)}

@@ -28,7 +28,7 @@ NATIVE = (torch.float32, torch.bfloat16)  # what the kernels read and write them
 counting = 0  # countings of operations that are going on: a call past torch's dispatcher would not be among them
 
 _operators: dict[str, dict[str, Callable[..., Any]]] = {}  # by name: what each runs
-_compiling = threading.RLock()
+_lock = threading.RLock()
 _log = logging.getLogger("weft")
 
 
@@ -84,11 +84,13 @@ def operations_of(*names: str) -> Callable[[Callable[..., int]], Callable[..., i
 def dispatched() -> Iterator[None]:
     """Inside, in every thread, layers call operators and nothing past torch's dispatcher, so that modes see them."""
     global counting
-    counting += 1
+    with _lock:
+        counting += 1
     try:
         yield
     finally:
-        counting -= 1
+        with _lock:
+            counting -= 1
 
 
 class Kernel:
@@ -111,7 +113,7 @@ class Kernel:
         """The machine code: from this process, from disk, or compiled now; a long wait is announced by the logger."""
         import numba
 
-        with _compiling:
+        with _lock:
             if self._compiled is None:
                 options: dict[str, Any] = {"error_model": "numpy", "nogil": True, "no_cfunc_wrapper": True}
                 options["fastmath"] = set(self.fastmath)
