@@ -15,8 +15,6 @@ factor of 65536 it all but vanishes; for k micro-batches, each with a k-th of th
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -29,8 +27,7 @@ __all__ = ["add_loss", "loss_scale"]
 _scale: float | Tensor = 1.0  # one for all threads: autograd runs backward passes of CUDA devices in threads of its own
 
 
-@contextlib.contextmanager
-def loss_scale(scale: float | Tensor) -> Iterator[None]:
+class loss_scale:
     """Auxiliary gradients of backward passes inside are multiplied by ``scale``, as the loop multiplies its own loss.
 
     A compiled model reads it in the forward pass, which has to be inside too.
@@ -38,12 +35,17 @@ def loss_scale(scale: float | Tensor) -> Iterator[None]:
     Args:
         scale: a number, or a tensor with one element (``scaler.scale(torch.ones(()))``).
     """
-    global _scale
-    before, _scale = _scale, scale
-    try:
-        yield
-    finally:
-        _scale = before
+
+    def __init__(self, scale: float | Tensor) -> None:
+        self.scale = scale
+
+    def __enter__(self) -> None:
+        global _scale
+        self._before, _scale = _scale, self.scale
+
+    def __exit__(self, *_: object) -> None:
+        global _scale
+        _scale = self._before
 
 
 class _AddLoss(torch.autograd.Function):

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from weft import stages
 from weft.errors import DataError, Unsupported, UsageError
 from weft.ops.auxiliary import loss_scale
-from weft.rules.batch import IGNORED, check_batch, check_finite, check_labels, flat, inputs
-from weft.rules.gradients import add_gradients, hand_over
+from weft.rules.batch import IGNORED, check_batch, check_finite, check_labels, cross_entropy, explain, flat, inputs
+from weft.rules.gradients import add_gradients, gathered, hand_over
 
 __all__ = ["IGNORED", "Ready", "Rule", "Scale", "check_finite", "check_labels", "inputs"]
 
@@ -76,7 +76,7 @@ class Rule(nn.Module):
 
     def trainable(self) -> list[nn.Parameter]:
         """Exactly what an optimizer gets: the parameters of model and rule that require gradients, each once."""
-        return [p for p in self.parameters() if p.requires_grad]
+        return [p for p in gathered(self) if p.requires_grad]
 
     def step(self, x: Any, y: Tensor, *, scale: Scale = 1.0, ready: Ready | None = None) -> Tensor:
         """Add ``scale`` x gradient to ``.grad`` of every parameter in :meth:`trainable`.
@@ -203,9 +203,7 @@ class Rule(nn.Module):
         if not isinstance(scores, Tensor):
             raise DataError(f"the model gives a {type(scores).__name__}; wrap it so that it gives a tensor of scores")
         scores, y = flat(scores, y)
-        if self.loss is F.cross_entropy:
-            check_labels(scores, y)
-        return self.loss(scores, y)
+        return cross_entropy(scores, y) if self.loss is F.cross_entropy else self.loss(scores, y)
 
     def descend(
         self,
@@ -266,12 +264,16 @@ def _guarded(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def guarded(self: Rule, x: Any, y: Tensor, *, scale: Scale = 1.0, ready: Ready | None = None) -> Tensor:
         if self.updates == "self" and (ready is not None or isinstance(scale, Tensor) or scale != 1.0):
             raise UsageError(f"{type(self).__name__} changes the weights itself; it takes neither scale nor ready")
-        check_batch(self.model, x, y)
+        check_batch(x, y)
         if self.loss is F.cross_entropy and y.dtype != torch.int64:
             raise DataError(f"labels are class indices of dtype torch.int64, not {y.dtype}")
-        with loss_scale(scale):
-            loss = step(self, x, y, scale=scale, ready=ready).detach()
-        check_finite([loss])
+        try:
+            with loss_scale(scale):
+                loss = step(self, x, y, scale=scale, ready=ready).detach()
+            check_finite([loss])
+        except Exception:
+            explain(self.model, x, y)
+            raise
         self.clock[1] += 1
         return loss
 

@@ -7,11 +7,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from weft.errors import DataError, NonFinite
 
 IGNORED = -100
+NO_LABEL = "every label of the batch is -100 (ignored); leave such batches out"
 
 
 def inputs(x: Any) -> tuple[Any, ...]:
@@ -41,12 +43,27 @@ def check_labels(scores: Tensor, y: Tensor) -> None:
         return
     used = y[y != IGNORED]
     if used.numel() == 0:
-        raise DataError("every label of the batch is -100 (ignored); leave such batches out")
+        raise DataError(NO_LABEL)
     low, high = (int(v) for v in used.aminmax())
     if low < 0 or high >= scores.shape[1]:
         raise DataError(
             f"labels run from {low} to {high}; for {scores.shape[1]} scores they must be 0 to K - 1, or -100"
         )
+
+
+def cross_entropy(scores: Tensor, y: Tensor) -> Tensor:
+    """The mean cross-entropy of scores ``[N, K, ...]``, or DataError where labels are no class indices for them.
+
+    On a CPU torch finds such labels itself, so that they are looked at only to say what is wrong with them; on a GPU
+    they would end the process.
+    """
+    if not y.is_cpu:
+        check_labels(scores, y)
+    try:
+        return F.cross_entropy(scores, y)
+    except (IndexError, RuntimeError, ValueError):
+        check_labels(scores, y)
+        raise
 
 
 def labelled(x: Tensor, y: Tensor, classes: int) -> tuple[Tensor, Tensor]:
@@ -67,8 +84,8 @@ def check_finite(losses: Iterable[Tensor]) -> None:
             )
 
 
-def check_batch(model: nn.Module, x: Any, y: Any) -> None:
-    """Raise DataError where a batch is empty, its parts differ in length, or its dtypes are not the model's."""
+def check_batch(x: Any, y: Any) -> None:
+    """Raise DataError where a batch is empty or its parts differ in length."""
     first = inputs(x)[0]
     if not isinstance(first, Tensor) or not isinstance(y, Tensor):
         raise DataError(f"a batch is two tensors, not {type(first).__name__} and {type(y).__name__}")
@@ -76,7 +93,19 @@ def check_batch(model: nn.Module, x: Any, y: Any) -> None:
         raise DataError(f"the batch is empty: x {tuple(first.shape)}, y {tuple(y.shape)}")
     if first.shape[0] != y.shape[0]:
         raise DataError(f"x has {first.shape[0]} rows and y has {y.shape[0]}")
+
+
+def check_dtype(model: nn.Module, x: Any) -> None:
+    """Raise DataError where inputs in floating point are not of the model's dtype, outside of autocast."""
+    first = inputs(x)[0]
     weight = next((p for p in model.parameters() if p.is_floating_point()), None)
     mixed = weight is not None and first.is_floating_point() and first.dtype != weight.dtype
     if weight is not None and mixed and not torch.is_autocast_enabled(first.device.type):
         raise DataError(f"x is {first.dtype} and the model {weight.dtype}; convert one of them")
+
+
+def explain(model: nn.Module, x: Any, y: Tensor) -> None:
+    """Raise DataError where a step failed because of its batch: a dtype that is not the model's, or no label at all."""
+    check_dtype(model, x)
+    if bool((y == IGNORED).all()):
+        raise DataError(NO_LABEL)

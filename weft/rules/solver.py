@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.errors import DataError, Unsupported
-from weft.rules.batch import IGNORED, check_batch
+from weft.rules.batch import IGNORED, NO_LABEL, check_batch, check_dtype
 
 __all__ = ["Report", "Solver"]
 
@@ -94,14 +94,15 @@ class Solver(nn.Module):
 def _guarded(fit: Callable[..., Report]) -> Callable[..., Report]:
     @functools.wraps(fit)
     def guarded(self: Solver, x: Tensor, y: Tensor) -> Report:
-        check_batch(self.model, x, y)
+        check_batch(x, y)
+        check_dtype(self.model, x)
         if y.ndim != 1 or y.dtype != torch.int64:
             raise DataError(f"labels are class indices [N] of dtype torch.int64, not {tuple(y.shape)} of {y.dtype}")
         if not isinstance(x, Tensor) or not x.is_floating_point() or not torch.isfinite(x).all():
             raise DataError("inputs are one tensor of finite numbers in floating point")
         used = y != IGNORED
         if not used.any():
-            raise DataError("every label is -100 (ignored)")
+            raise DataError(NO_LABEL)
         if int(y[used].min()) < 0:
             raise DataError(f"labels run from {int(y[used].min())}; classes are counted from 0")
         return fit(self, x[used], y[used])
