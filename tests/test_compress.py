@@ -2,14 +2,13 @@
 
 import copy
 import json
-import sys
 
 import pytest
 import torch
 from torch import nn
 
 import weft
-from weft import cards, cli
+from weft import cli
 from weft.compress import base
 from weft.compress.chess import Chess
 from weft.compressing import read_compressor
@@ -158,8 +157,8 @@ BROKEN = {  # what is replaced, by what, the check that fails, and what it says;
     ),
     "a copy forgets": (
         *after(
-            "kind = type(model[0][3]); kind.__deepcopy__ = lambda s, memo: kind(nn.Linear(24, 6), "
-            "threshold=torch.ones(1))"
+            "model[0][3].__class__ = type('Forgetful', (ThresholdedLinear,), {'__deepcopy__': lambda s, memo: "
+            "ThresholdedLinear(nn.Linear(24, 6), threshold=torch.ones(1))})"
         ),
         "copies", "deep copy",
     ),
@@ -195,34 +194,9 @@ USES = {"sums do not add up": TOTALS}
 
 
 @pytest.fixture
-def outcomes(tmp_path, monkeypatch):
+def outcomes(said_of):
     """From changes of the source to what each check says: None where it passes."""
-    deepcopy = ThresholdedLinear.__dict__.get("__deepcopy__")
-
-    def run(*changes):
-        source = SOURCE
-        for old, new in changes:
-            assert source.count(old) == 1, old
-            source = source.replace(old, new)
-        path = tmp_path / "broken_compressor.py"
-        path.write_text(source, encoding="utf-8")
-        monkeypatch.syspath_prepend(tmp_path)
-        sys.modules.pop("broken_compressor", None)
-        (card,) = cards.read_cards("broken_compressor", path)
-        said = {}
-        for label, check in checks.compress_checks(card):
-            try:
-                check(card)
-            except Exception as error:
-                said[label] = f"{type(error).__name__}: {error}"
-            else:
-                said[label] = None
-        return said
-
-    yield run
-    sys.modules.pop("broken_compressor", None)
-    if deepcopy is None and "__deepcopy__" in ThresholdedLinear.__dict__:
-        del ThresholdedLinear.__deepcopy__
+    return lambda *changes: said_of(SOURCE, checks.compress_checks, *changes)
 
 
 def test_what_is_to_be_broken_is_good(outcomes):
@@ -307,6 +281,16 @@ def test_a_gated_layer_that_computes_something_else_is_refused():
     assert type(model[0]) is Other
     with pytest.raises(Unsupported, match="itself"):
         Chess().compress_(Gated(8, 16), [torch.randn(5, 8)])
+
+
+@pytest.mark.parametrize("kind", [feed, lambda: Gated(8, 16)])
+def test_a_model_is_compressed_once(kind):
+    model, x = nn.Sequential(kind(), nn.LayerNorm(8), feed()), [torch.randn(5, 8)]
+    Chess().compress_(model, x)
+    with pytest.raises(Unsupported, match="compressed already"):
+        Chess().compress_(model, x)
+    weft.restore_(model)
+    assert len(Chess().compress_(model, x).layers) == 2
 
 
 def test_what_the_user_has_swapped_before_stays_after_an_error(monkeypatch):

@@ -1,6 +1,7 @@
 """Products by rows that are not skipped are those of the reference, whatever the shapes, dtypes and threads."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -238,6 +239,88 @@ def test_layers_train():
             close(a, b, torch.float32)
 
 
+def fused_step(layer):
+    optimizer = torch.optim.Adam(layer.parameters(), 0.1, fused=True)
+    with torch.enable_grad():
+        layer(torch.randn(4, 40)).sum().backward()
+    optimizer.step()
+
+
+def in_place_before_eval(layer):
+    layer.weight.data.mul_(2)
+    layer.eval()
+
+
+def doubled(layer):
+    return {key: t.clone() * (2 if key == "weight" else 1) for key, t in layer.state_dict().items()}
+
+
+CHANGES = {
+    "weight": lambda layer: layer.weight.mul_(2),
+    "bias": lambda layer: layer.bias.add_(2),
+    "centre": lambda layer: layer.centre.mul_(2),
+    "fused step": fused_step,
+    "other memory": lambda layer: setattr(layer.weight, "data", 2 * layer.weight.data),
+    "other parameter": lambda layer: setattr(layer, "weight", nn.Parameter(2 * layer.weight.detach())),
+    "loaded": lambda layer: layer.load_state_dict(doubled(layer)),
+    "assigned": lambda layer: layer.load_state_dict(doubled(layer), assign=True),
+    "in place before eval": in_place_before_eval,
+}
+
+
+def check_change(layer, x, change):
+    first = layer(x)
+    change(layer)
+    found = layer(x)
+    kept = torch.where((x - layer.centre).abs() < layer.threshold, layer.centre, x)
+    close(found, nn.functional.linear(kept, layer.weight, layer.bias), torch.float32)
+    assert not torch.allclose(found, first)
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_centred_layer_sees_that_its_weights_have_changed(name):
+    layer, x = layers()[1]
+    with torch.no_grad():
+        check_change(layer, x, CHANGES[name])
+
+
+def test_a_copy_of_a_centred_layer_sees_it_too():
+    """Copies count changes from zero on: as many of them as in the first layer are no sign of the same weights."""
+    layer, x = layers()[1]
+    with torch.no_grad():
+        layer.load_state_dict(layer.state_dict())
+        layer(x)
+        check_change(copy.deepcopy(layer), x, lambda one: one.load_state_dict(doubled(one)))
+        check_change(pickle.loads(pickle.dumps(layer)), x, lambda one: one.load_state_dict(doubled(one)))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile itself
+def test_a_centred_layer_made_in_inference_mode_or_compiled_sees_it():
+    with torch.inference_mode():
+        check_change(*layers()[1], CHANGES["weight"])
+    layer, x = layers()[1]
+    with torch.no_grad():
+        layer(x)
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+        compiled(x)
+        layer.weight.mul_(2)
+        close(compiled(x), layer(x), torch.float32)
+
+
+def test_frozen_weights_are_skipped_while_inputs_are_differentiated(monkeypatch):
+    import weft.ops.thresholded as module
+
+    calls = []
+    monkeypatch.setattr(module, "skip_rows", lambda *given: calls.append(1) or skip_rows(*given))
+    layer, x = layers()[1]
+    layer.requires_grad_(False)
+    grads = []
+    for layer.always in (True, False):
+        grads.append(torch.autograd.grad(layer(x.requires_grad_()).square().sum(), x)[0])
+    assert len(calls) == 1
+    close(*grads, torch.float32)
+
+
 def test_layers_under_autocast_have_the_dtype_of_ordinary_ones():
     for layer, x in layers():
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -277,6 +360,11 @@ def test_as_many_scores_are_below_a_quantile_as_asked_for(n, sparsity, seed):
 
 def test_centres_of_constant_activations_are_the_constants():
     assert torch.equal(centres(torch.tensor([[1.0, 2.0]]).repeat(5, 1), torch.ones(2), 0.5), torch.tensor([1.0, 2.0]))
+
+
+def test_centres_weigh_channels_by_their_sizes():
+    a = torch.tensor([[0.0, 0.0], [1.0, 10.0], [2.0, 40.0]])
+    assert torch.equal(centres(a, torch.tensor([1000.0, 1.0]), 0.5), torch.tensor([1.0, 5.0]))
 
 
 def test_when_skipping_pays():

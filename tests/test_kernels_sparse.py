@@ -157,6 +157,14 @@ def threads():
     torch.set_num_threads(before)
 
 
+def test_parts_of_a_batch_have_several_tiles():
+    (x, grad, _, values, weight), mask, index, turned = linear_case(12, 9, 1500, 0.4)
+    found = sparse.sparse_linear_backward(grad, x, values, *index, *turned, True, True, True)
+    X, G, W = (t.double() for t in (x, grad, weight))
+    for part, whole in zip(found, (G @ W, (G.T @ X)[mask], G.sum(0)), strict=True):
+        near(part, whole.float(), 1e-5)
+
+
 def test_every_number_of_threads_gives_the_same_bits(threads):
     (x, grad, bias, values, weight), _, index, turned = linear_case(300, 400, 700, 0.2)
     image, weight, _, mask, places, how = conv_case(CONVS[0], 16, 16, 200, 0.5)

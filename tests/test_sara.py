@@ -10,6 +10,7 @@ from torch import nn
 import weft
 from weft.errors import Unsupported, UsageError
 from weft.sparsity import SaRA
+from weft.sparsity.sara import nuclear_gradient
 
 
 def linear(seed=0):
@@ -91,6 +92,34 @@ def test_restored_layers_have_the_steps_and_train_again():
     assert net[0].weight.requires_grad and not net[0].bias.requires_grad and net[2].bias.requires_grad
 
 
+def test_a_weight_has_one_trainer():
+    net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    net[2].weight = net[0].weight
+    with pytest.raises(Unsupported, match="another SaRA trains the same weight"):
+        weft.convert_(net, SaRA.options(fraction=0.3))
+    assert type(net[0]) is nn.Linear and all(p.requires_grad for p in net.parameters())
+    assert weft.convert_(net, SaRA.options(fraction=0.3), where="0") == ["0"]
+    weft.restore_(net)
+    assert weft.convert_(net, SaRA.options(fraction=0.3), where="2") == ["2"]
+
+
+def test_frozen_layers_stay_frozen():
+    layer = linear().requires_grad_(False)
+    made = SaRA(layer, fraction=0.5)
+    made.reselect()
+    assert not any(p.requires_grad for p in made.parameters())
+    made.to_dense()
+    assert not any(p.requires_grad for p in layer.parameters())
+
+
+def test_a_loaded_layer_goes_on_with_the_same_threshold():
+    made, other = SaRA(linear(), fraction=0.5), SaRA(linear(1), fraction=0.1)
+    other.load_state_dict(made.state_dict())
+    with torch.no_grad():
+        other.compact[::2] = 1.01 * made.threshold
+    assert other.reselect() == len(made.compact) // 2
+
+
 def test_reselection_may_let_go_of_all():
     made, x = SaRA(linear()), torch.randn(3, 20)
     with torch.no_grad():
@@ -137,6 +166,12 @@ def test_the_penalty_lowers_the_rank():
     assert norms == sorted(norms, reverse=True) and norms[-1] < 0.8 * norms[0]
     made.to_dense()
     assert int((layer.weight != start).sum()) <= 150
+
+
+def test_the_norm_of_a_singular_matrix_has_its_smallest_gradient():
+    """Of the subgradients, the one without a part outside of the singular vectors that belong to the matrix."""
+    found = nuclear_gradient(torch.tensor([3.0, 0, 0, 0, 0, 0]), torch.arange(6), torch.Size([2, 3]))
+    torch.testing.assert_close(found, torch.tensor([1.0, 0, 0, 0, 0, 0]))
 
 
 def test_it_fine_tunes_digits():

@@ -61,6 +61,22 @@ def test_rescaled_weights_have_the_ordinary_sum_of_squares(kind, mask):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_frozen_layers_stay_frozen(kind):
+    dense, x = layer_and_input(kind)
+    layer = sparse_of(dense.requires_grad_(False))
+    assert not any(p.requires_grad for p in (*layer.parameters(), *layer.to_dense().parameters()))
+    assert not layer(x).requires_grad
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")  # of torch, for the ordinary layer
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
+def test_layers_without_weights(shape):
+    dense = nn.Linear(*shape)
+    for x in (torch.ones(2, 4, shape[0]), torch.ones(shape[0]), torch.ones(0, shape[0])):
+        assert torch.equal(SparseLinear(dense)(x), dense(x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_pruned_layer_keeps_its_pattern(kind):
     dense, x = layer_and_input(kind)
     with torch.no_grad():
@@ -153,9 +169,10 @@ def test_a_state_with_another_number_of_weights_is_loaded(kind, tmp_path):
     dense, x = layer_and_input(kind)
     full, half = sparse_of(dense, density=0.4), sparse_of(dense, density=0.1, mask="random")
     values = full.values
+    full(x).sum().backward()
     torch.save(half.state_dict(), tmp_path / "state.pt")
     full.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert full.values is values and len(values) == len(half.values)
+    assert full.values is values and len(values) == len(half.values) and values.grad is None
     assert torch.equal(full(x), half(x)) and torch.equal(copy.deepcopy(full)(x), half(x))
     full(x).sum().backward()
     assert values.grad.shape == values.shape

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from weft.data import Dataset
 from weft.errors import Unsupported, UsageError, WeftError, unknown
 from weft.evaluation import evaluate
 from weft.folders import RECIPE, RESULT, WEIGHTS
+from weft.measuring import compare_inference
 from weft.method import card, methods
 from weft.recipe import Recipe
 from weft.specs import apply_conversions, parse
@@ -126,7 +126,7 @@ def compress_run(
         whole = data.kind == "graph"
         rows = data.x_train if whole else data.x_train[next(data.batches(calibration, seed=recipe.seed, epoch=0))]
         report = made.compress_(model, [rows] if whole else list(rows.split(128)))
-        timed = {} if whole else {str(n): _timed(plain, model, data, n, rounds) for n in BATCHES}
+        timed = {} if whole else _timed(plain, model, data, rounds)
         accuracy = {"before": _accuracy(plain, data), "after": _accuracy(model, data)}
         return {
             "accuracy": accuracy,
@@ -175,10 +175,14 @@ def _tokens(plain: nn.Module, report: Any, row: torch.Tensor) -> int:
     return sum(seen)
 
 
-def _timed(plain: nn.Module, model: nn.Module, data: Dataset, rows: int, rounds: int) -> dict[str, Any]:
-    """CPU time of inference on ``rows`` rows, interleaved, with inputs that change."""
-    parts = [part for part in data.x_train.split(rows)[:16] if len(part) == rows] or [data.x_train]
-    with torch.no_grad():
-        found = measure.step_ratio(model, plain, rounds=rounds, inputs=itertools.cycle((part,) for part in parts))
-    ratio = None if not found.ratio else 1 / found.ratio
-    return {"before": found.baseline_seconds, "after": found.seconds, "ratio": ratio}
+def _timed(plain: nn.Module, model: nn.Module, data: Dataset, rounds: int) -> dict[str, Any]:
+    """The ``time`` of `compress_run`."""
+    found = {size: row["time"] for size, row in compare_inference(plain, model, data.x_train, BATCHES, rounds).items()}
+    return {
+        size: {
+            "before": time["baseline_seconds"],
+            "after": time["seconds"],
+            "ratio": 1 / time["ratio"] if time["ratio"] else None,
+        }
+        for size, time in found.items()
+    }

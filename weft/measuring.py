@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -168,24 +167,33 @@ def compare_steps(plain: Step, changed: Step, batch: tuple[Any, Tensor], names: 
     }
 
 
-def compare_inference(plain: nn.Module, changed: nn.Module, x: Any) -> dict[str, Any]:
-    """Inference of one row and of the whole batch, in eval mode and without gradients; of a graph the whole alone.
+def compare_inference(
+    plain: nn.Module, changed: nn.Module, x: Any, sizes: Iterable[int] | None = None, rounds: int = 15
+) -> dict[str, Any]:
+    """Inference of batches of several sizes, in eval mode and without gradients.
+
+    Args:
+        plain, changed: models, which stay as they are.
+        x: rows, of which up to 16 batches are taken in turn; or a graph's inputs, which are taken whole.
+        sizes: rows of a batch; by default one and all. Where there are fewer, all.
+        rounds: pairs of interleaved timings for each size.
 
     Returns:
-        By the number of rows, ``"1"`` and that of the batch: ``operations`` (``plain`` and ``changed``, of both models'
-        forward passes) and ``time`` (:class:`weft.measure.Ratio`, changed to plain, CPU seconds).
+        By size, as text: ``operations`` (``plain`` and ``changed``, of both models' forward passes) and ``time``
+        (:class:`weft.measure.Ratio`, changed to plain, CPU seconds).
     """
-    models_ = [copy.deepcopy(model).eval() for model in (plain, changed)]
+    pair = {"plain": copy.deepcopy(plain).eval(), "changed": copy.deepcopy(changed).eval()}
+    if isinstance(x, Tensor):
+        chosen = {1, len(x)} if sizes is None else set(sizes)
+        inputs = {n: [(part,) for part in x.split(n)[:16] if len(part) == n] or [(x,)] for n in sorted(chosen)}
+    else:
+        inputs = {len(x[0]): [x]}
     found: dict[str, Any] = {}
-    for rows in sorted({1, len(x)}) if isinstance(x, Tensor) else [0]:
-        parts = [(part,) for part in x.split(rows)[:16]] if rows else [x]
+    for size, parts in inputs.items():
         with torch.inference_mode():
-            spent = [measure.operations(functools.partial(model, *parts[0]))["total"] for model in models_]
-            time = measure.step_ratio(models_[1], models_[0], inputs=itertools.cycle(parts)).to_dict()
-        found[str(rows or len(x[0]))] = {
-            "operations": dict(zip(("plain", "changed"), spent, strict=True)),
-            "time": time,
-        }
+            spent = {name: measure.operations(functools.partial(one, *parts[0]))["total"] for name, one in pair.items()}
+            time = measure.step_ratio(pair["changed"], pair["plain"], rounds=rounds, inputs=parts)
+        found[str(size)] = {"operations": spent, "time": time.to_dict()}
     return found
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from weft.convert import convert_, restore_
 from weft.errors import DataError, Unsupported, UsageError
-from weft.ops.thresholded import gated
+from weft.ops.thresholded import ThresholdedGate, ThresholdedLinear, gated
 from weft.ops.token_layers import POINTWISE
 
 PAIRS = (("intermediate.dense", "output.dense"), ("fc1", "fc2"), ("lin1", "lin2"))  # BERT; OPT and ViT; DistilBERT
@@ -85,7 +85,7 @@ class Compressor(abc.ABC):
             calibration: inputs, each a tensor or a tuple, called as ``model(*x)``.
 
         Raises:
-            Unsupported: for a model without such layers.
+            Unsupported: for a model without such layers, or one that is compressed already.
             DataError: for calibration data that are empty or not finite.
             UsageError: for what is no iterable of inputs.
         """
@@ -164,9 +164,11 @@ def batches(calibration: Iterable[Any]) -> list[tuple[Any, ...]]:
 
 
 def require(sites: Sequence[Site], model: nn.Module) -> None:
-    """Raise Unsupported where there is nothing to swap."""
+    """Raise Unsupported where there is nothing to swap, or some of it is swapped already."""
     if gated(model):
         raise Unsupported(f"{type(model).__name__} is itself the layer to be swapped", "an nn.Sequential around it")
+    if any(isinstance(module, ThresholdedLinear | ThresholdedGate) for module in model.modules()):
+        raise Unsupported(f"{type(model).__name__} is compressed already", "weft.restore_(model) first")
     if not sites:
         raise Unsupported(
             f"{type(model).__name__} has no feed-forward layer whose activations are known",

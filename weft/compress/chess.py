@@ -265,7 +265,7 @@ def less_error_than_one_threshold(seed: int) -> Check:
             "a.mean(0)",
             "weft.ops.thresholded",
         ),
-        "offset of other weights": ("or now != self._versions", "", "weft.ops.thresholded"),
+        "offset of other weights": ("or state != made[1]", "", "weft.ops.thresholded"),
     },
 )
 def centred(seed: int) -> list[Check]:

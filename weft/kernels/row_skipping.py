@@ -45,7 +45,7 @@ def skip_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None, threshold: 
     flat = _checked(x, weight, threshold)
     if bias is not None and bias.shape != weight.shape[1:]:
         raise UsageError(f"bias {tuple(bias.shape)} for a weight {tuple(weight.shape)}: give [D]")
-    made: Any = _Skip.apply if _differentiated(flat, weight, bias) else _skip
+    made: Any = _Skip.apply if differentiated(flat, weight, bias) else _skip
     out: Tensor = made(flat, weight, bias, threshold)
     return out if flat is x else out.view(*x.shape[:-1], weight.shape[1])
 
@@ -74,7 +74,7 @@ def wanted_rows(
     if bias is not None and bias.shape != weight.shape[:1]:
         raise UsageError(f"bias {tuple(bias.shape)} for a weight {tuple(weight.shape)}: give [H]")
     rows = x if flat is gate else x.reshape(len(flat), weight.shape[1])
-    made: Any = _Want.apply if _differentiated(rows, flat, weight, bias) else _want
+    made: Any = _Want.apply if differentiated(rows, flat, weight, bias) else _want
     out: Tensor = made(rows, flat, weight, bias, threshold)
     return out if flat is gate else out.view(gate.shape)
 
@@ -114,7 +114,7 @@ def _checked(x: Tensor, weight: Tensor, threshold: Tensor | None) -> Tensor:
     return x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-def _differentiated(*tensors: Tensor | None) -> bool:
+def differentiated(*tensors: Tensor | None) -> bool:
     """Whether autograd follows one of them, backwards or forwards."""
     followed = torch.is_grad_enabled()
     seen = not torch.compiler.is_compiling()

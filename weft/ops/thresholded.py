@@ -7,8 +7,9 @@ place and no second copy is needed; `weft.restore_` lays it out as before.
 
 from __future__ import annotations
 
+import abc
 import math
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from weft.convert import Convertible
 from weft.errors import Unsupported, UsageError
 from weft.kernels.compiled import NATIVE
-from weft.kernels.row_skipping import skip_rows, thresholded, wanted_rows, worth_skipping
+from weft.kernels.row_skipping import differentiated, skip_rows, thresholded, wanted_rows, worth_skipping
 from weft.ops.token_layers import own_weights
 
 __all__ = ["ThresholdedGate", "ThresholdedLinear", "centres", "gated", "quantile_threshold"]
@@ -50,12 +51,16 @@ def centres(a: Tensor, sizes: Tensor, sparsity: float, rounds: int = 6) -> Tenso
 
 
 def gated(layer: nn.Module) -> bool:
-    """Whether a layer has the parts of ``down_proj(act_fn(gate_proj(x)) * up_proj(x))``, under these names."""
+    """Whether a layer has the parts of ``down_proj(act_fn(gate_proj(x)) * up_proj(x))``, under these names.
+
+    One of Weft's, which has them from such a layer, is not meant.
+    """
     parts = [getattr(layer, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-    return all(type(part) is nn.Linear for part in parts) and callable(getattr(layer, "act_fn", None))
+    ordinary = not isinstance(layer, Convertible) and callable(getattr(layer, "act_fn", None))
+    return ordinary and all(type(part) is nn.Linear for part in parts)
 
 
-class _Thresholded(Convertible):
+class _Thresholded(Convertible, abc.ABC):
     """What the two layers share.
 
     Attributes:
@@ -82,9 +87,9 @@ class _Thresholded(Convertible):
         made: Any = cls
         return made(layer, **options)
 
+    @abc.abstractmethod
     def sparse(self) -> Tensor:
         """The weight that is multiplied by what is mostly zero."""
-        raise NotImplementedError
 
     def lay_out(self) -> None:
         """Stores that weight by columns."""
@@ -114,8 +119,10 @@ class _Thresholded(Convertible):
 class ThresholdedLinear(_Thresholded):
     """``y = W (c + [x - c]_t) + b``, where ``[v]_t`` is v with zeros where ``|v| < t``.
 
-    Rows are skipped by ``W [x - c]_t + (W c + b)``. The sum in brackets is computed once for the weights as they are;
-    while autograd follows them, the product is a dense one.
+    Rows are skipped by ``W [x - c]_t + (W c + b)``. With a centre, the sum in brackets is computed once for the weights
+    as they are, and anew when they have changed; a change in place by ``weight.data``, which torch does not count, is
+    seen after ``train()`` or ``eval()``. While autograd follows the weights, and in compiled code, the product is a
+    dense one.
 
     Args:
         layer: an ``nn.Linear``; its weight and bias are shared.
@@ -130,7 +137,6 @@ class ThresholdedLinear(_Thresholded):
 
     converts = (nn.Linear,)
     centre: Tensor | None
-    offset: Tensor | None
 
     def __init__(
         self, layer: nn.Module, *, threshold: Tensor, zeros: float = 0.5, centre: Tensor | None = None
@@ -144,8 +150,7 @@ class ThresholdedLinear(_Thresholded):
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.weight, self.bias = layer.weight, layer.bias
         self.register_buffer("centre", None if centre is None else centre.detach().to(layer.weight, copy=True))
-        self.register_buffer("offset", None, persistent=False)
-        self._versions: list[int | None] = []
+        self._made: tuple[Tensor, list[Any], list[Tensor]] | None = None
         self.lay_out()
 
     def sparse(self) -> Tensor:
@@ -158,27 +163,41 @@ class ThresholdedLinear(_Thresholded):
         return f"in_features={self.in_features}, out_features={self.out_features}, zeros={self.zeros:.3g}{centred}"
 
     def skips(self, x: Tensor) -> bool:
-        """As of the base; with a centre, where autograd does not follow."""
-        return super().skips(x) and (self.centre is None or not torch.is_grad_enabled())
+        """As of the base; with a centre, where weights are not followed by autograd and can be looked at."""
+        if self.centre is not None and (torch.compiler.is_compiling() or differentiated(self.weight, self.bias)):
+            self._made = None  # a fused optimizer's step, which is not counted either, may come next
+            return False
+        return super().skips(x)
 
-    def _offset(self) -> Tensor | None:
+    def train(self, mode: bool = True) -> Self:
+        """As of every module; ``W c + b`` is computed anew."""
+        self._made = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_made": None}
+
+    def _offset(self) -> Tensor:
         """``W c + b``."""
-        parts = [t for t in (self.weight, self.centre, self.bias) if t is not None]
-        if self.offset is None or not torch.compiler.is_compiling():
-            now = [None if t.is_inference() else t._version for t in parts]
-            if self.offset is None or now != self._versions:
-                assert self.centre is not None
-                self.offset, self._versions = F.linear(self.centre, self.weight, self.bias), now
-        return self.offset
+        parts = [t.detach() for t in (self.weight, self.centre, self.bias) if t is not None]
+        try:
+            state: list[Any] = [(t._version, t.data_ptr()) for t in parts]
+        except RuntimeError:  # tensors made under inference_mode do not count their changes
+            state = [object()]
+        made = self._made
+        if made is None or state != made[1]:  # the tensors are held, so that no others get their addresses
+            made = self._made = F.linear(parts[1], parts[0], self.bias), state, parts
+        return made[0]
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., H] -> [..., D]``."""
+        skips = self.skips(x)
         if self.centre is None:
-            if self.skips(x):
+            if skips:
                 return skip_rows(x, self.weight.t(), self.bias, self.threshold)
             return F.linear(thresholded(x, self.threshold), self.weight, self.bias)
         moved = x - self.centre
-        if self.skips(x):
+        if skips:
             return skip_rows(moved, self.weight.t(), self._offset(), self.threshold)
         kept = torch.where(moved.abs() < self.threshold, self.centre.to(x.dtype), x)
         return F.linear(kept, self.weight, self.bias)

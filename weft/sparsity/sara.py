@@ -18,7 +18,8 @@ trained weights, which begin near zero, not of their change; the code also makes
 from __future__ import annotations
 
 import copy
-from typing import Any, Self
+import weakref
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -93,11 +94,12 @@ class SaRA(Convertible):
         nuclear: lambda.
 
     Raises:
-        Unsupported: for other layers.
+        Unsupported: for other layers, and a weight that another `SaRA` trains.
         UsageError: for a fraction outside of (0, 1] or a threshold that no weight is below.
     """
 
     converts = (nn.Linear, nn.Conv2d)
+    _training: ClassVar = weakref.WeakValueDictionary[int, "SaRA"]()  # by the id of the weight, which the layer holds
     weight: nn.Parameter
     bias: nn.Parameter | None
     index: Tensor
@@ -105,29 +107,31 @@ class SaRA(Convertible):
     _layer: Any
 
     def __init__(
-        self, layer: nn.Module, *, fraction: float = 0.1, threshold: float | None = None, nuclear: float = 0.0
+        self, layer: Any, *, fraction: float = 0.1, threshold: float | None = None, nuclear: float = 0.0
     ) -> None:
         super().__init__()
-        ordinary: Any = layer
         if type(layer) not in self.converts:
             raise Unsupported(f"{type(layer).__name__} is fine-tuned as it is", "an nn.Linear or nn.Conv2d")
         own_weights(layer)
+        if id(layer.weight) in self._training:
+            raise Unsupported("another SaRA trains the same weight", "where=, for one of the layers that share it")
         if not 0 < fraction <= 1:
             raise UsageError(f"fraction={fraction!r}; give one above 0, at most 1")
         vars(self)["_layer"] = layer  # not a module of this one: weight and bias are its own under their names
-        self.weight, self.nuclear = ordinary.weight, float(nuclear)
-        self.register_parameter("bias", ordinary.bias)
-        self._trained = [p for p in (ordinary.weight, ordinary.bias) if p is not None and p.requires_grad]
-        size = ordinary.weight.detach().abs().flatten()
+        self.weight, self.nuclear = layer.weight, float(nuclear)
+        self.register_parameter("bias", layer.bias)
+        self._trained = [p for p in (layer.weight, layer.bias) if p is not None and p.requires_grad]
+        size = layer.weight.detach().abs().flatten()
         if threshold is None:
             found = size.topk(max(1, round(fraction * len(size))), largest=False).indices.sort().values
         elif not len(found := (size <= threshold).nonzero().squeeze(1)):
             raise UsageError(f"threshold={threshold!r}: the smallest of {len(size)} weights is {float(size.min()):.3g}")
         self.register_buffer("index", found)
         self.register_buffer("threshold", size[found].max() if threshold is None else size.new_tensor(threshold))
-        self.compact = nn.Parameter(ordinary.weight.detach().take(found), ordinary.weight.requires_grad)
+        self.compact = nn.Parameter(layer.weight.detach().take(found), layer.weight.requires_grad)
         for p in self._trained:
             p.requires_grad_(False)
+        self._training[id(self.weight)] = self
         self.register_state_dict_pre_hook(_merge)
         self.register_load_state_dict_pre_hook(_resize)
 
@@ -139,6 +143,7 @@ class SaRA(Convertible):
     def to_dense(self) -> None:
         """Merges, and unfreezes weight and bias, which the ordinary layer has too."""
         self.merge()
+        self._training.pop(id(self.weight), None)
         for p in self._trained:
             p.requires_grad_(True)
 
@@ -154,10 +159,7 @@ class SaRA(Convertible):
 
     @torch.no_grad()
     def reselect(self) -> int:
-        """Half way: trains on what is still at most ``threshold``; the rest keeps its value. How many that are.
-
-        `compact` is another parameter afterwards: build the optimizer anew.
-        """
+        """Half way: how many are still at most ``threshold`` and trained on, in a new `compact`; the rest stay."""
         self.merge()
         small = self.compact.abs() <= self.threshold
         self.index, trained = self.index[small], self.compact.requires_grad
@@ -193,8 +195,7 @@ def _resize(layer: SaRA, state: dict[str, Tensor], prefix: str, *given: object) 
 
 def example() -> Example:
     """A tenth of 80 weights, on an input with two leading dimensions."""
-    generator = torch.Generator().manual_seed(0)
-    layer = nn.Linear(16, 5)
+    layer, generator = nn.Linear(16, 5), torch.Generator().manual_seed(0)
     for p in layer.parameters():
         nn.init.uniform_(p, -0.5, 0.5, generator=generator)
     return Example(layer, torch.randn(6, 4, 16, generator=generator), torch.arange(6) % 5)
@@ -220,7 +221,7 @@ def _case(seed: int) -> tuple[Any, Tensor, Tensor]:
         "another place's gradient": ("grad.take(ctx.saved_tensors[0])", "grad.take(ctx.saved_tensors[0].flip(0))"),
         "steps not written": ("self.weight.put_(self.index, self.compact)", "None"),
         "written elsewhere": ("self.weight.put_(self.index,", "self.weight.put_(self.index.flip(0),"),
-        "biases trained": ("for p in (ordinary.weight, ordinary.bias) if", "for p in (ordinary.weight,) if"),
+        "biases trained": ("for p in (layer.weight, layer.bias) if", "for p in (layer.weight,) if"),
         "a copy is kept": ("return weight.detach()", "return weight.clone()"),
     },
 )

@@ -8,6 +8,7 @@ as S is linear in each of the three. Each costs a multiplication for each stored
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import functools
 import inspect
@@ -128,24 +129,12 @@ for _forward in _FORWARDS:  # torch asks for it at each call, and making it is s
     _forward.__signature__ = inspect.signature(_forward)
 
 
-class SparseLayer(Convertible):
-    """A layer that stores a part of an ordinary one's weights; abstract: says how they are multiplied.
+class SparseLayer(Convertible, abc.ABC):
+    """What `SparseLinear` and `SparseConv2d` share: stored weights and their index, masks, states.
 
     What is stored is a vector, the parameter ``values``, in the order of the rows; where those stand is in buffers. The
-    bias is the ordinary layer's own. A state with another number of stored weights can be loaded.
-
-    Args:
-        layer: the ordinary layer.
-        density: part of the weights that is stored.
-        mask: ``"magnitude"``: the largest; ``"random"``; or booleans in the weight's shape, in place of the density
-            (``layer.weight != 0`` after pruning).
-        seed: of a random mask.
-        rescale: the stored weights get the ordinary weight's sum of squares, so that the output of a layer that is yet
-            to be trained keeps its size; a deep network of few weights learns much faster then.
-
-    Raises:
-        Unsupported: for other layers.
-        UsageError: for a density or a mask that does not fit.
+    bias is the ordinary layer's own. A state with another number of stored weights can be loaded. The two layers' own
+    docstrings say what the arguments mean.
     """
 
     rebuilds = True
@@ -273,9 +262,9 @@ class SparseLayer(Convertible):
         for name, found in self.index(mask).items():
             setattr(self, name, found)
 
+    @abc.abstractmethod
     def dense_gradient(self, x: Tensor, grad: Tensor) -> Tensor:
         """The gradient by every place of the ordinary weight, for an input and the output's gradient."""
-        raise NotImplementedError
 
     def extra_repr(self) -> str:
         """Shape and number of stored weights."""

@@ -77,7 +77,8 @@ class SparseLinear(SparseLayer):
         """``[..., I] -> [..., O]``."""
         if x.ndim < 1 or x.shape[-1] != self.shape[1]:
             raise DataError(f"an input {list(x.shape)}: the layer takes {self.shape[1]} features in the last dimension")
-        return self.product(x.reshape(-1, self.shape[1]), None).view(*x.shape[:-1], self.shape[0])
+        rows = x.reshape(math.prod(x.shape[:-1]), self.shape[1])
+        return self.product(rows, None).view(*x.shape[:-1], self.shape[0])
 
     def dense_gradient(self, x: Tensor, grad: Tensor) -> Tensor:
         """``[O, I]``, for ``x [..., I]`` and ``grad [..., O]``."""
@@ -169,8 +170,8 @@ def masked_dense_gradients(seed: int) -> list[Check]:
         ),
         "zeros stored": ("magnitude_mask(weight, density)", "torch.ones_like(weight).bool()", "weft.sparsity.sparse"),
         "dense forward": (
-            "self.product(x.reshape(-1, self.shape[1]), None)",
-            "torch.nn.functional.linear(x.reshape(-1, self.shape[1]), self.weight, self.bias)",
+            "self.product(rows, None)",
+            "torch.nn.functional.linear(rows, self.weight, self.bias)",
         ),
         "dense gradient of the weight": (
             "found = kernels.sparse_linear_backward(grad,",

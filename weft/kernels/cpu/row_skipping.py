@@ -21,7 +21,7 @@ u16, u32, u64, i32, f32 = np.uint16, np.uint32, np.uint64, np.int32, np.float32
 
 CACHED = 1 << 18  # bytes of a weight that are used for all tokens before the next ones are read
 NONE, HALF = np.empty(0, f32), np.empty(0, u16)
-ONE, TWO, THREE, FOUR, FIVE, SIX, SEVEN, EIGHT = (u64(n) for n in range(1, 9))
+ZERO, ONE, TWO, THREE, FOUR, FIVE, SIX, SEVEN, EIGHT = (u64(n) for n in range(9))
 
 
 @numba.njit(error_model="numpy")
@@ -42,6 +42,13 @@ def chosen(x: Any, begin: Any, end: Any, thresholds: Any, index: Any, values: An
     return count
 
 
+@numba.njit(error_model="numpy")
+def row(weight: Any, index: Any, width: Any, start: Any, size: Any) -> Any:
+    """``size`` columns of a row of a weight that has ``width`` of them, from ``start`` on."""
+    k = index * width + start
+    return weight[k : k + size]
+
+
 @numba.njit(error_model="numpy", fastmath={"contract"})
 def add_rows(weight: Any, out: Any, index: Any, values: Any, count: Any, width: Any, start: Any) -> None:
     """``out += sum_k values[k] * weight[index[k]]``, of columns from ``start`` on; eight rows at a time."""
@@ -50,28 +57,19 @@ def add_rows(weight: Any, out: Any, index: Any, values: Any, count: Any, width: 
     for g in range(u64(0), whole, EIGHT):
         a, b, c, d = values[g], values[g + ONE], values[g + TWO], values[g + THREE]
         e, f, h, i = values[g + FOUR], values[g + FIVE], values[g + SIX], values[g + SEVEN]
-        k = index[g] * width + start
-        row_a = weight[k : k + size]
-        k = index[g + ONE] * width + start
-        row_b = weight[k : k + size]
-        k = index[g + TWO] * width + start
-        row_c = weight[k : k + size]
-        k = index[g + THREE] * width + start
-        row_d = weight[k : k + size]
-        k = index[g + FOUR] * width + start
-        row_e = weight[k : k + size]
-        k = index[g + FIVE] * width + start
-        row_f = weight[k : k + size]
-        k = index[g + SIX] * width + start
-        row_h = weight[k : k + size]
-        k = index[g + SEVEN] * width + start
-        row_i = weight[k : k + size]
+        row_a = row(weight, index[g], width, start, size)
+        row_b = row(weight, index[g + ONE], width, start, size)
+        row_c = row(weight, index[g + TWO], width, start, size)
+        row_d = row(weight, index[g + THREE], width, start, size)
+        row_e = row(weight, index[g + FOUR], width, start, size)
+        row_f = row(weight, index[g + FIVE], width, start, size)
+        row_h = row(weight, index[g + SIX], width, start, size)
+        row_i = row(weight, index[g + SEVEN], width, start, size)
         for n in range(size):
             low = (a * row_a[n] + b * row_b[n]) + (c * row_c[n] + d * row_d[n])
             out[n] += low + ((e * row_e[n] + f * row_f[n]) + (h * row_h[n] + i * row_i[n]))
     for g in range(whole, count):
-        a, k = values[g], index[g] * width + start
-        row_a = weight[k : k + size]
+        a, row_a = values[g], row(weight, index[g], width, start, size)
         for n in range(size):
             out[n] += a * row_a[n]
 
@@ -89,20 +87,15 @@ def add_half_rows(weight: Any, out: Any, index: Any, values: Any, count: Any, wi
     size, whole = u64(out.size), count // FOUR * FOUR
     for g in range(u64(0), whole, FOUR):
         a, b, c, d = values[g], values[g + ONE], values[g + TWO], values[g + THREE]
-        k = index[g] * width + start
-        row_a = weight[k : k + size]
-        k = index[g + ONE] * width + start
-        row_b = weight[k : k + size]
-        k = index[g + TWO] * width + start
-        row_c = weight[k : k + size]
-        k = index[g + THREE] * width + start
-        row_d = weight[k : k + size]
+        row_a = row(weight, index[g], width, start, size)
+        row_b = row(weight, index[g + ONE], width, start, size)
+        row_c = row(weight, index[g + TWO], width, start, size)
+        row_d = row(weight, index[g + THREE], width, start, size)
         for n in range(size):
             low = a * widened(row_a[n]) + b * widened(row_b[n])
             out[n] += low + (c * widened(row_c[n]) + d * widened(row_d[n]))
     for g in range(whole, count):
-        a, k = values[g], index[g] * width + start
-        row_a = weight[k : k + size]
+        a, row_a = values[g], row(weight, index[g], width, start, size)
         for n in range(size):
             out[n] += a * widened(row_a[n])
 
@@ -134,14 +127,10 @@ def dots(weight: Any, x: Any, index: Any, at: Any, found: Any) -> None:
     wide()
     size = u64(x.size)
     a, b, c, d = f32(0), f32(0), f32(0), f32(0)
-    k = index[at] * size
-    row_a = weight[k : k + size]
-    k = index[at + ONE] * size
-    row_b = weight[k : k + size]
-    k = index[at + TWO] * size
-    row_c = weight[k : k + size]
-    k = index[at + THREE] * size
-    row_d = weight[k : k + size]
+    row_a = row(weight, index[at], size, ZERO, size)
+    row_b = row(weight, index[at + ONE], size, ZERO, size)
+    row_c = row(weight, index[at + TWO], size, ZERO, size)
+    row_d = row(weight, index[at + THREE], size, ZERO, size)
     for n in range(size):
         v = x[n]
         a += v * row_a[n]
@@ -157,14 +146,10 @@ def half_dots(weight: Any, x: Any, index: Any, at: Any, found: Any) -> None:
     wide()
     size = u64(x.size)
     a, b, c, d = f32(0), f32(0), f32(0), f32(0)
-    k = index[at] * size
-    row_a = weight[k : k + size]
-    k = index[at + ONE] * size
-    row_b = weight[k : k + size]
-    k = index[at + TWO] * size
-    row_c = weight[k : k + size]
-    k = index[at + THREE] * size
-    row_d = weight[k : k + size]
+    row_a = row(weight, index[at], size, ZERO, size)
+    row_b = row(weight, index[at + ONE], size, ZERO, size)
+    row_c = row(weight, index[at + TWO], size, ZERO, size)
+    row_d = row(weight, index[at + THREE], size, ZERO, size)
     for n in range(size):
         v = x[n]
         a += v * widened(row_a[n])
