@@ -223,7 +223,77 @@ def test_bits_are_made_once():
     with torch.no_grad():
         layer.weight.add_(0)
         layer(x)
-    assert layer._bits is not made
+    assert layer._bits is not made and copy.deepcopy(layer)._bits is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bits_follow_an_optimizer_whose_steps_are_not_counted(kind):
+    layer, x = kind(dense()).eval(), inputs(3, 40)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=10.0, fused=True)
+    with torch.no_grad():
+        before = layer(x)
+    layer(x).square().sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        found = layer(x)
+    assert not torch.allclose(found, before)
+    torch.testing.assert_close(found, layer.train()(x).detach(), rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_another_width_is_refused_even_where_the_bytes_are_as_many(kind, packed):
+    layer = kind(dense()).eval()
+    if packed:
+        layer.pack_()
+    for x in (inputs(2, 39), inputs(2, 0), torch.zeros(())):
+        with torch.no_grad(), pytest.raises(UsageError, match="40"):
+            layer(x)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_packed_layers_move_to_other_dtypes(kind, dtype):
+    layer, x = kind(dense()).pack_(), inputs(3, 40)
+    wanted, found = layer(x), layer.to(dtype)(x.to(dtype))
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.float(), wanted, rtol=2e-2, atol=2e-2 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", [True, False])
+def test_derivatives_and_ensembles_by_torch_func(kind, mode):
+    def made(seed=0):
+        layer = dense(seed=seed)
+        layer.weight.data.clamp_(-1, 1)  # there is nothing to clip in the middle of a transformation
+        return kind(layer).train(mode)
+
+    layer, x = made().requires_grad_(False), inputs(3, 40)
+    slope = torch.func.jvp(layer, (x,), (torch.ones_like(x),))[1]
+    wanted = torch.func.jvp(made().train(), (x,), (torch.ones_like(x),))[1]
+    assert slope.any() and torch.allclose(slope, wanted)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        assert torch.equal(torch.autograd.forward_ad.unpack_dual(layer(dual)).tangent, slope)
+
+    def loss(given, one):
+        return torch.func.functional_call(layer, given, (one,)).sum()
+
+    named = {name: p.detach() for name, p in layer.named_parameters()}
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(named, x)
+    assert each["weight"].shape == (3, 21, 40) and each["weight"].any()
+    several = [made(k) for k in range(3)]
+    stacked, _ = torch.func.stack_module_state(several)
+    found = torch.func.vmap(lambda given: torch.func.functional_call(layer, given, (x,)))(stacked)
+    torch.testing.assert_close(found, torch.stack([one(x) for one in several]), rtol=1e-5, atol=1e-4)
+
+
+def test_weights_written_past_torchs_count_are_clipped_too():
+    layer = BinaryConnect.from_dense(dense())
+    layer(inputs(2, 40))
+    layer.weight.data.mul_(50)
+    layer(inputs(2, 40))
+    assert layer.weight.abs().max() <= 1
 
 
 @pytest.mark.parametrize("kind", KINDS)

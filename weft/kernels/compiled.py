@@ -132,6 +132,24 @@ class Kernel:
                 self._compiled = found
             return self._compiled
 
+    @contextlib.contextmanager
+    def followed(self, then: Callable[..., object]) -> Iterator[None]:
+        """Inside, in every thread, ``then`` is called after each run, with its arguments: so that a check sees the run.
+
+        What has fetched the machine code before, by `compile`, runs it alone.
+        """
+        code = self.compile()
+
+        def run(*args: Any) -> None:
+            code(*args)
+            then(*args)
+
+        self._compiled = run
+        try:
+            yield
+        finally:
+            self._compiled = code
+
     def _announce(self, found: Any) -> None:
         if found.stats.cache_misses or not found.stats.cache_path:
             _log.warning("weft: compiling the kernel %s for this CPU, once ...", self.loop.__name__)

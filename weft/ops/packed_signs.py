@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 
 from weft.convert import Convertible
-from weft.errors import Unsupported
+from weft.errors import Unsupported, UsageError
 from weft.kernels.signs import SignMatrix, pack_signs, sign_product, sign_sums
 
 __all__ = ["SignLinear"]
@@ -24,13 +26,15 @@ class _Bits:
     made_from: list[Tensor]  # held, so that no other weights come to lie at their address
 
 
-class SignLinear(Convertible):
+class SignLinear(Convertible, abc.ABC):
     """Stands in for an ``nn.Linear``, on the same parameters; abstract: `differentiable` and `scales` say what it is.
 
     In eval mode, where no gradient is asked for, the layer computes with packed bits. They are no part of its state,
     and made anew when the weights have changed (at each call, for weights that were made under inference_mode, which do
-    not count their changes); the layer is fastest under `torch.inference_mode`. Code made by ``torch.compile`` or
-    ``torch.export`` has the float weights in it, after `pack_` the bits.
+    not count their changes). Changes in place that torch does not count (through ``weight.data`` or NumPy, or by an
+    optimizer with ``fused=True``) are seen after the next call of ``train`` or ``eval``, or pass with gradients. The
+    layer is fastest under `torch.inference_mode`. Code made by ``torch.compile`` or ``torch.export``, and
+    transformations of `torch.func`, have the float weights in them, after `pack_` the bits.
 
     Attributes:
         inputs: what the bits are multiplied with, as `weft.kernels.signs.SignMatrix` takes it.
@@ -63,13 +67,13 @@ class SignLinear(Convertible):
         """The layer with binary weights, on the same parameters."""
         return cls(layer, **options)
 
+    @abc.abstractmethod
     def differentiable(self, x: Tensor) -> Tensor:
         """The output by torch's own operations on the float weights."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def scales(self, weight: Tensor) -> Tensor:
         """The factor of each output, ``[O]``."""
-        raise NotImplementedError
 
     def as_bits(self) -> bool:
         """Whether in eval mode the weights are their signs."""
@@ -80,8 +84,18 @@ class SignLinear(Convertible):
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         return sizes + (", packed" if self.weight is None else "")
 
+    def train(self, mode: bool = True) -> Self:
+        """As every module's; bits are made anew after it."""
+        self._bits = None
+        return super().train(mode)
+
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., D] -> [..., O]``."""
+        """``[..., D] -> [..., O]``.
+
+        Raises:
+            UsageError: for another number of features.
+            Unsupported: where a gradient is asked for after `pack_`.
+        """
         bits = self._bits
         if (  # what costs least, where bits are ready and nothing else is asked for
             bits is not None
@@ -93,12 +107,16 @@ class SignLinear(Convertible):
             and (y := bits.matrix.at_once(x)) is not None
         ):
             return y
-        differentiated = self.training or (torch.is_grad_enabled() and self._differentiated(x))
+        if x.ndim == 0 or x.shape[-1] != self.in_features:
+            raise UsageError(f"x has the shape {tuple(x.shape)}: give [..., {self.in_features}]")
+        differentiated = self.training or self._differentiated(x)
+        if differentiated:
+            self._bits = None  # the step that follows may be one that torch does not count
         if differentiated or torch.compiler.is_compiling() or x.dtype == torch.float64 or not self.as_bits():
             return self._by_operations(x, differentiated)
-        if self._bits is None or self._bits.state != self._state():
-            self._bits = self._packed()
-        return self._bits.matrix(x).to(_wanted(x))
+        if bits is None or bits.state != self._state():
+            bits = self._bits = self._packed()
+        return bits.matrix(x).to(_wanted(x))
 
     def pack_(self) -> Self:
         """Keep the bits and the scales alone, as buffers: for use, not for training; put into eval mode.
@@ -123,7 +141,19 @@ class SignLinear(Convertible):
         return self.eval()
 
     def _differentiated(self, x: Tensor) -> bool:
-        return x.requires_grad or any(p.requires_grad for p in (self.weight, self.bias) if p is not None)
+        """Whether a derivative is asked for, or, while there are float weights, a transformation of `torch.func`."""
+        given = [t for t in (x, self.weight, self.bias) if t is not None]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in given):
+            return True
+        if torch.compiler.is_compiling():
+            return False
+        if self.weight is not None:
+            try:
+                for t in given:
+                    t.data_ptr()
+            except RuntimeError:  # inside of a transformation
+                return True
+        return any(unpack_dual(t).tangent is not None for t in given)
 
     def _by_operations(self, x: Tensor, differentiated: bool) -> Tensor:
         if self.weight is not None:
@@ -132,7 +162,7 @@ class SignLinear(Convertible):
             raise Unsupported(
                 "pack_() has dropped the float weights, and bits have no gradient", "eval() and no_grad()"
             )
-        given = x, self.packed, self.scale, None if self.bias is None else self.bias.float()
+        given = x, self.packed, self.scale.float(), None if self.bias is None else self.bias.float()
         y = sign_sums(*given) if self.inputs == "floats" else sign_product(*given, factored=self.inputs != "signs")
         return y.to(_wanted(x))
 
@@ -148,7 +178,7 @@ class SignLinear(Convertible):
     def _packed(self) -> _Bits:
         state, weight, bias = self._state(), self.weight, None if self.bias is None else self.bias.detach()
         if weight is None:
-            packed, scale = self.packed, self.scale
+            packed, scale = self.packed, self.scale.float()
         else:
             packed, scale = pack_signs(weight), self.scales(weight.detach()).float()
         matrix = SignMatrix(packed, scale, None if bias is None else bias.float(), self.in_features, self.inputs)

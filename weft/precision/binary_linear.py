@@ -35,6 +35,7 @@ from weft.method import method
 from weft.ops.packed_signs import SignLinear
 from weft.ops.straight_through import mean_magnitude, scaled_signs, sign_through
 from weft.testing.example import Example
+from weft.testing.linear import linear_of
 
 
 def binary_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, binary_inputs: bool = False) -> Tensor:
@@ -99,12 +100,9 @@ def example() -> Example:
 
 def _layer(generator: torch.Generator, features: int, outputs: int, dtype: torch.dtype = torch.float32) -> nn.Linear:
     """Normal weights, of which a tenth is 0, on both sides of -1 and 1."""
-    layer = nn.Linear(features, outputs, dtype=dtype, device="meta").to_empty(device="cpu")
-    with torch.no_grad():
-        for p in layer.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator))
-            p.masked_fill_(torch.rand(p.shape, generator=generator) < 0.1, 0)
-    return layer
+    values = torch.randn(outputs, features + 1, generator=generator)
+    values.masked_fill_(torch.rand(values.shape, generator=generator) < 0.1, 0)
+    return linear_of(values[:, 1:].to(dtype), values[:, 0].to(dtype))
 
 
 @claim(
@@ -140,10 +138,7 @@ def nearest_in_squares(seed: int) -> list[Check]:
     least = (w[:, None] - along[..., None] * patterns).square().sum(2).amin(1)
     checks = []
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
-        dense = nn.Linear(10, 100, False, device="meta").to_empty(device="cpu").to(dtype)
-        with torch.no_grad():
-            dense.weight.copy_(w)
-        layer = BinaryLinear.from_dense(dense).train(dtype == torch.float64)
+        layer = BinaryLinear.from_dense(linear_of(w.to(dtype))).train(dtype == torch.float64)
         with torch.no_grad():
             error = (w - layer(torch.eye(10, dtype=dtype)).T).square().sum(1)
         checks.append(Check(float((error / least - 1).max()), tolerance, what=f"excess, {dtype}"))
@@ -172,17 +167,14 @@ def exact_product_of_bits(seed: int) -> list[Check]:
     generator, wrong, most = torch.Generator().manual_seed(seed), 0, 0.0
     for k in range(40):
         rows, outputs, length = k % 7, 1 + k, 8 * int(torch.randint(1, 40, (), generator=generator))
-        dense = nn.Linear(length, outputs, False, device="meta").to_empty(device="cpu")
         x, w = torch.randn(rows, length, generator=generator), torch.randn(outputs, length, generator=generator)
         x, w = 4.0 * torch.where(x >= 0, 1, -1), 0.5 * torch.where(w >= 0, 1, -1)
         if k % 2:  # a quarter or half of the features 0, or -0, in the input or in the weights
             zero = (torch.arange(length) % 8 < 4) if k % 4 == 1 else (torch.arange(length) % 8 < 2)
             x, w = (x.where(~zero, -0.0), w) if k % 3 else (x, w.where(~zero, -0.0))
-        with torch.no_grad():
-            dense.weight.copy_(w)
         wanted = torch.where(x >= 0, 1, -1) @ torch.where(w >= 0, 1, -1).T  # whole numbers
         scale = x.double().abs().mean(1, keepdim=True) * w.double().abs().mean(1)
-        layer = BinaryLinear.from_dense(dense, binary_inputs=True).pack_()
+        layer = BinaryLinear.from_dense(linear_of(w), binary_inputs=True).pack_()
         with torch.no_grad():
             wrong += int((layer(x).double() != wanted * scale).sum())
         kept = sum(t.nbytes for t in layer.state_dict().values()) - layer.scale.nbytes
@@ -238,45 +230,71 @@ def straight_through_gradients(seed: int) -> Check:
 
 
 @claim(
-    "Bits follow the weights: after a step, a loaded state, other data under the same parameter, another bias, the "
-    "output in eval mode is that of the float weights to 1e-4; packed, it stays so through a state.",
+    "In eval mode without gradients the loop on bits runs, once a call, and bits follow the weights: after a step, a "
+    "loaded state, other data under the same parameter, another bias, and after changes that torch does not count once "
+    "the mode is set or a gradient asked for, the output is that of the float weights to 1e-4; packed, it stays so "
+    "through a state.",
     budget=2.0,
     mutants={
         "steps unseen": ("(weight._version, weight.data_ptr())", "(weight.data_ptr(),)", "weft.ops.packed_signs"),
         "new data unseen": ("(weight._version, weight.data_ptr())", "(weight._version,)", "weft.ops.packed_signs"),
         "another bias unseen": ("bias._version, bias.data_ptr())", ")", "weft.ops.packed_signs"),
+        "kept through modes": (
+            "self._bits = None\n        return super().train",
+            "return super().train",
+            "weft.ops.packed_signs",
+        ),
+        "kept through gradients": ("self._bits = None  # the", "pass  # the", "weft.ops.packed_signs"),
+        "floats in eval mode": (
+            "self.training or self._differentiated(x)",
+            "self.weight is not None",
+            "weft.ops.packed_signs",
+        ),
         "scale lost": ('self.register_buffer("scale", self', "self.scale = (self", "weft.ops.packed_signs"),
     },
 )
-def bits_follow(seed: int) -> Check:
-    """Largest difference between eval and train mode, without gradients, relative to the largest output."""
-    generator, worst = torch.Generator().manual_seed(seed), 0.0
+def bits_follow(seed: int) -> list[Check]:
+    """Runs too many or too few; largest difference between eval and train mode, relative to the largest output."""
+    from weft.kernels.cpu import signs as loops
 
-    def compare(layer: nn.Module, x: Tensor, plain: nn.Module) -> None:
-        nonlocal worst
-        with torch.inference_mode():
-            wanted = plain.train()(x)
-            for _ in range(2):
-                worst = max(worst, float((layer.eval()(x) - wanted).abs().max() / wanted.abs().max()))
+    generator, worst, runs, wanted_runs = torch.Generator().manual_seed(seed), 0.0, 0, 0
 
-    for binary_inputs in (False, True):
-        dense, other = (_layer(generator, 37, 21) for _ in range(2))
-        x = torch.randn(3, 37, generator=generator)
-        layer = BinaryLinear.from_dense(dense, binary_inputs=binary_inputs)
-        compare(layer, x, layer)
-        with torch.no_grad():
-            dense.weight.neg_()
-        compare(layer, x, layer)
-        dense.weight.data = torch.randn(21, 37, generator=generator)
-        compare(layer, x, layer)
-        with torch.no_grad():
-            dense.bias.data = dense.bias + 1
-        compare(layer, x, layer)
-        layer.load_state_dict(other.state_dict())
-        compare(layer, x, layer)
-        plain = copy.deepcopy(layer)
-        packed, twin = layer.pack_(), BinaryLinear.from_dense(_layer(generator, 37, 21), binary_inputs=binary_inputs)
-        twin.pack_().load_state_dict(packed.state_dict())
-        compare(copy.deepcopy(packed), x, plain)
-        compare(twin, x, plain)
-    return Check(worst, 1e-4)
+    def count(*_: object) -> None:
+        nonlocal runs
+        runs += 1
+
+    def compare(layer: nn.Module, x: Tensor, plain: nn.Module | None = None) -> None:
+        nonlocal worst, wanted_runs
+        plain = copy.deepcopy(plain or layer).train()
+        for mode in (torch.inference_mode, torch.no_grad):
+            with mode():
+                wanted = plain(x)
+                for _ in range(2):
+                    wanted_runs += 1
+                    worst = max(worst, float((layer(x) - wanted).abs().max() / wanted.abs().max()))
+
+    with loops.sums.followed(count), loops.product.followed(count):
+        for binary_inputs in (False, True):
+            dense, other = (_layer(generator, 37, 21) for _ in range(2))
+            x = torch.randn(3, 37, generator=generator)
+            layer = BinaryLinear.from_dense(dense, binary_inputs=binary_inputs).eval()
+            compare(layer, x)
+            dense.weight.detach().neg_()
+            compare(layer, x)
+            dense.weight.data = torch.randn(21, 37, generator=generator)
+            compare(layer, x)
+            dense.bias.data = dense.bias.detach() + 1
+            compare(layer, x)
+            layer.load_state_dict(other.state_dict())
+            compare(layer, x)
+            dense.weight.data.neg_()
+            compare(layer.train().eval(), x)
+            layer(x).sum().backward()
+            dense.weight.data.neg_()
+            compare(layer, x)
+            plain, packed = copy.deepcopy(layer), layer.pack_()
+            twin = BinaryLinear.from_dense(_layer(generator, 37, 21), binary_inputs=binary_inputs).pack_()
+            twin.load_state_dict(packed.state_dict())
+            compare(copy.deepcopy(packed), x, plain)
+            compare(twin, x, plain)
+    return [Check(runs - wanted_runs, 0, "==", "runs"), Check(worst, 1e-4)]

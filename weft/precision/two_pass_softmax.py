@@ -19,6 +19,10 @@ Paper: "The Two-Pass Softmax Algorithm", Marat Dukhan, Artsiom Ablavatski, 2020,
 
 from __future__ import annotations
 
+import collections
+import contextlib
+import ctypes
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -211,3 +215,66 @@ def as_torch(seed: int) -> list[Check]:
         for a, b in zip(found, exact, strict=True):
             slope = max(slope, float((a - b).abs().max() / max(1.0, float(b.abs().max()))))
     return [Check(worst, 1e-6), Check(odd, 0, "==", "nan"), Check(slope, 1e-5, what="derivatives")]
+
+
+@claim(
+    "In each call the loop of the way that was asked for runs, once, and what it writes is what comes out: the softmax "
+    "in float64 to 1e-6, on short rows and by parts on long ones; so does the loop of the way back, to 1e-5.",
+    row=99,
+    budget=2.0,
+    mutants={
+        "torch's own": ("or x.ndim == 0 or", "or x.ndim >= 0 or", "weft.ops.exponentials"),
+        "two-pass for either": (
+            'stored, along_last = method == "online",',
+            "stored, along_last = False,",
+            "weft.ops.exponentials",
+        ),
+        "online for either": (
+            'stored, along_last = method == "online",',
+            "stored, along_last = True,",
+            "weft.ops.exponentials",
+        ),
+        "the reference": ("cpu=_softmax_cpu", "cpu=softmax_rows_reference", "weft.kernels.exponentials"),
+        "rows left to torch": ("odd = np.zeros(rows", "odd = np.ones(rows", "weft.kernels.exponentials"),
+        "long rows as short ones": ("if columns >= 2 * int(loops.PART)", "if not columns", "weft.kernels.exponentials"),
+        "the way back by operations": (
+            "cpu=_back_cpu",
+            "cpu=softmax_rows_backward_reference",
+            "weft.kernels.exponentials",
+        ),
+    },
+)
+def by_the_loops(seed: int) -> list[Check]:
+    """Runs too many or too few, and largest errors; each loop's output is doubled after it, and so is what is right."""
+    from weft.kernels.cpu import exponentials as loops
+
+    generator, ran = torch.Generator().manual_seed(seed), collections.Counter[str]()
+
+    def double(name: str, *given: int) -> None:
+        ran[name] += 1
+        at, columns, start, stop = given[1:5] if "row" in name else given[2:]
+        if name.startswith("long"):
+            start, stop = 0, 1
+        part = (ctypes.c_float * (columns * (stop - start))).from_address(at + 4 * start * columns)
+        torch.frombuffer(part, dtype=torch.float32).mul_(2)
+
+    off = slope = 0.0
+    rows = (2000 * torch.randn(7, 300, generator=generator)).clamp(-1e4, 1e4)
+    row, g = 3 * torch.randn(2 * int(loops.PART) + 5, generator=generator), torch.randn(7, 300, generator=generator)
+    names = {"two-pass": ("rows", "long_row"), "online": ("rows_stored", "long_row_stored")}
+    with contextlib.ExitStack() as stack:
+        for name in ("back", *names["two-pass"], *names["online"]):
+            stack.enter_context(getattr(loops, name).followed(functools.partial(double, name)))
+        for way in names:
+            for x in (rows, row):
+                off = max(off, float((softmax(x, method=way) / 2 - x.double().softmax(-1)).abs().max()))
+            x = rows.clone().requires_grad_()
+            y = softmax(x / 2000, method=way)
+            (found,) = torch.autograd.grad(y, x, g)
+            right = 2 * (rows.double() / 2000).softmax(-1)
+            right = 2 * right * (g - (g * right).sum(-1, keepdim=True))
+            slope = max(slope, float((2000 * found - right).abs().max() / right.abs().max()))
+    wanted = collections.Counter({"back": 2, **{short: 2 for short, _ in names.values()}})
+    wanted.update(long for _, long in names.values())
+    wrong = sum(abs(ran[name] - wanted[name]) for name in {*ran, *wanted})
+    return [Check(wrong, 0, "==", "runs"), Check(off, 1e-6, what="outputs"), Check(slope, 1e-5, what="way back")]

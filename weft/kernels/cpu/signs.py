@@ -33,18 +33,6 @@ def signs_at(builder: Any, at: Any) -> Any:
     return builder.bitcast(builder.fcmp_ordered(">=", value, ir.Constant(kind, None)), I64)
 
 
-@operation(types.float32, types.uint64)
-def float_at(builder: Any, at: Any) -> Any:
-    """The float at an address."""
-    return builder.load(simd.pointer(builder, at, ir.FloatType()), align=4)
-
-
-@operation(types.void, types.uint64, types.float32)
-def put_float(builder: Any, at: Any, value: Any) -> Any:
-    """A float to an address."""
-    builder.store(value, simd.pointer(builder, at, ir.FloatType()), align=4)
-
-
 @operation(types.uint64, types.uint64)
 def word_at(builder: Any, at: Any) -> Any:
     """The word at an address."""
@@ -102,12 +90,6 @@ def count(builder: Any, counts: Any, value: Any, other: Any) -> Any:
     return builder.add(counts, simd.call(builder, "llvm.ctpop.v8i64", LONGS, different))
 
 
-@operation(types.uint64, words, types.uint64)
-def one_of(builder: Any, value: Any, lane: Any) -> Any:
-    """The word in a lane."""
-    return builder.extract_element(value, builder.trunc(lane, I32))
-
-
 @operation(halves, words, types.uint64)
 def dots(builder: Any, counts: Any, columns: Any) -> Any:
     """``columns - 2 counts`` as floats."""
@@ -153,7 +135,7 @@ def last_signs(x: Any, columns: Any) -> Any:
     """The signs of up to 63 floats from the address x on."""
     found = ZERO
     for j in range(columns):
-        found |= u64(float_at(x + FOUR * j) >= f32(0)) << j
+        found |= u64(simd.one_at(x + FOUR * j) >= f32(0)) << j
     return found
 
 
@@ -204,14 +186,14 @@ def read(x: Any, bits: Any, factors: Any, rows: Any, columns: Any) -> None:
                 b = simd.add(b, simd.magnitude(simd.load(row + k * u64(128) + WORD)))
             total = simd.total(simd.add(a, b))
             for k in range(columns // u64(32) * u64(32), columns):
-                total = f32(total + abs(float_at(row + FOUR * k)))
-            put_float(factors + FOUR * r, f32(total / f32(max(columns, ONE))))
+                total = f32(total + abs(simd.one_at(row + FOUR * k)))
+            simd.put_one(factors + FOUR * r, f32(total / f32(max(columns, ONE))))
 
 
 @numba.njit(error_model="numpy")
 def factor_of(factors: Any, row: Any) -> Any:
     """A row's factor, 1 where there are none."""
-    return f32(1) if factors == ZERO else float_at(factors + FOUR * row)
+    return f32(1) if factors == ZERO else simd.one_at(factors + FOUR * row)
 
 
 @numba.njit(error_model="numpy")
@@ -283,11 +265,11 @@ def few(
                 n += ones(word_at(block + EIGHT * (k * height + i)) ^ word_at(here + EIGHT * k))
             if left:
                 n += ones(last ^ word_at(here + EIGHT * full))
-            y = f32(f32(np.int64(columns) - np.int64(TWO * n)) * float_at(alpha + FOUR * i))
+            y = f32(f32(np.int64(columns) - np.int64(TWO * n)) * simd.one_at(alpha + FOUR * i))
             y = f32(y * factor_of(factors, r))
             if bias != ZERO:
-                y = f32(y + float_at(bias + FOUR * i))
-            put_float(out + r * step + FOUR * i, y)
+                y = f32(y + simd.one_at(bias + FOUR * i))
+            simd.put_one(out + r * step + FOUR * i, y)
 
 
 @kernel("void(uint64, uint64, uint64, uint64, uint64, uint64, uint64, uint64, uint64, uint64, boolean)")
@@ -336,8 +318,8 @@ def add_where(builder: Any, total: Any, x: Any, bits: Any) -> Any:
 @numba.njit(error_model="numpy")
 def put_sum(total: Any, whole: Any, alpha: Any, bias: Any, out: Any) -> None:
     """One output: what has a positive sign counts twice, less all."""
-    y = f32(f32(f32(2) * simd.total(total) - whole) * float_at(alpha))
-    put_float(out, f32(y + float_at(bias)) if bias != ZERO else y)
+    y = f32(f32(f32(2) * simd.total(total) - whole) * simd.one_at(alpha))
+    simd.put_one(out, f32(y + simd.one_at(bias)) if bias != ZERO else y)
 
 
 @kernel("void(uint64, uint64, uint64, uint64, uint64, uint64, uint64, uint64, uint64, uint64)")
@@ -353,7 +335,7 @@ def sums(
     for r in range(rows):
         row, whole = x + r * columns * FOUR, zero
         for k in range(left):
-            put_float(rest + FOUR * k, float_at(row + (WORD * full + k) * FOUR))
+            simd.put_one(rest + FOUR * k, simd.one_at(row + (WORD * full + k) * FOUR))
         for k in range(FOUR * full):
             whole = simd.add(whole, simd.load(row + WORD * k))
         for k in range(FOUR):
