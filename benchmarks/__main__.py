@@ -1,6 +1,7 @@
 """``python -m benchmarks [PART...]``: by default steps, memory, loop, keeping, and the layers that skip work.
 
-The other parts train: ``tapes``, ``mnist``, ``sparse_mnist``, ``fast_feed_forward_mnist``; ``peers`` runs others' code.
+The other parts train: ``tapes``, ``mnist``, ``cifar``, ``sparse_mnist`` and ``fast_feed_forward_mnist``; ``peers`` runs
+others' code.
 Every file of results holds the figures with the environment (commit, machine, versions) that they were measured in.
 """
 
@@ -14,13 +15,13 @@ from pathlib import Path
 import torch
 
 from benchmarks import (
+    accuracy,
     binary,
     experts,
     fast_feed_forward,
     keeping,
     loop,
     memory,
-    mnist,
     peers,
     row_skipping,
     softmax,
@@ -31,8 +32,8 @@ from benchmarks import (
 )
 from weft import measure
 
-PARTS = {"steps": steps.run, "memory": memory.run, "loop": loop.run, "mnist": mnist.run, "peers": peers.run}
-PARTS |= {"tapes": tapes.run, "keeping": keeping.run}
+PARTS = {"steps": steps.run, "memory": memory.run, "loop": loop.run, "peers": peers.run, "keeping": keeping.run}
+PARTS |= {"mnist": accuracy.mnist, "cifar": accuracy.cifar, "tapes": tapes.run}
 SPEED = {"sparse": sparse.run, "fast_feed_forward": fast_feed_forward.run, "binary": binary.run}
 SPEED |= {"row_skipping": row_skipping.run, "experts": experts.run, "softmax": softmax.run}
 PARTS |= {**SPEED, "sparse_mnist": sparse_mnist.run, "fast_feed_forward_mnist": fast_feed_forward.mnist}

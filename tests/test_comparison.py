@@ -108,13 +108,16 @@ def test_users_files_without_a_test_part(tmp_path):
 
 
 def test_optimizers():
-    own, same, given = (
-        weft.compare(rules=["forward-forward"], epochs=1, **how)["runs"][0]["defaults"]
-        for how in ({}, {"same_optimizer": True}, {"optimizer": "sgd", "lr": 0.5})
-    )
-    assert own == weft.card("forward-forward").defaults
-    assert same == weft.card("backprop").defaults
-    assert given["optimizer"] == "sgd" and given["lr"] == 0.5
+    rules = ["forward-forward", "counter-current"]
+    ways = ({}, {"same_optimizer": True}, {"optimizer": "adamw"}, {"lr": 0.5})
+    made = [weft.compare(rules=rules, epochs=1, **how)["runs"] for how in ways]
+    own, same, other, faster = ([run["defaults"] for run in runs] for runs in made)
+    assert own == [{"clip": None, **weft.card(name).defaults} for name in rules] and own[1]["clip"] == 1.0
+    assert same == [{"clip": None, **weft.card("backprop").defaults}] * 2
+    assert [one["optimizer"] for one in other] == ["adamw"] * 2 and [one["clip"] for one in other] == [None] * 2
+    assert faster[1] == {**own[1], "lr": 0.5}
+    recipe = weft.comparison.recipe_of(made[0][1], {**weft.compare(rules=rules, epochs=1)["settings"]})
+    assert recipe.settings(recipe.rules[0]) == own[1]
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from weft.models.transformer import CharTransformer
 from weft.ops.auxiliary import add_loss, loss_scale
 from weft.ops.pathway import Pathway
 from weft.ops.product_keys import product_key_topk
+from weft.ops.replay import Replay, devices_of
 from weft.ops.routing import balance_loss, sorted_slots, within_capacity
 
 
@@ -162,6 +163,16 @@ def test_slots_and_capacity():
     assert kept.tolist() == [[True, False], [True, True], [True, False], [False, False]]
 
 
+@pytest.mark.parametrize(("expert", "served"), [(0, 2), (2, 3)])  # ceil(tau unit), ceil(unit)
+def test_an_expert_of_either_kind_takes_its_capacity(expert, served):
+    layer = MoEPlusPlus(4, 3, experts=2, constant=0, active=1, capacity=0.9, tau=0.75, balance=0.0)
+    with torch.no_grad():
+        layer.router.zero_()[expert] = 1.0
+    x = torch.rand(10, 4) + 0.1  # unit = 0.9 * 10 / (0.75 * 2 + 2)
+    assert [bool(row.any()) for row in layer(x)] == [i < served for i in range(10)]
+    assert layer.eval()(x).any(1).all()
+
+
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by the compiler itself
 @pytest.mark.parametrize("name", LAYERS)
 def test_compiled_and_exported(name):
@@ -173,6 +184,8 @@ def test_compiled_and_exported(name):
         for m in (layer, compiled):
             m(given).square().sum().backward()
     assert all(torch.allclose(p.grad, q.grad) for p, q in zip(layer.parameters(), twin.parameters(), strict=True))
+    with torch.no_grad():
+        assert torch.allclose(torch.compile(twin, backend="aot_eager", fullgraph=True)(x), layer(x), atol=1e-6)
     program = torch.export.export(layer.eval(), (x,), dynamic_shapes=({0: torch.export.Dim("B", min=2, max=100)},))
     assert torch.allclose(program.module()(y[:, :5]), layer(y[:, :5]), atol=1e-6)
 
@@ -221,7 +234,45 @@ def test_one_token_takes_the_running_statistics():
     layer = PEER(6, 16, heads=1, active=2, key_features=4)
     token = torch.randn(1, 6)
     found = layer(token)
-    assert torch.equal(layer.eval()(token), found)
+    assert torch.equal(layer.eval()(token), found) and not layer.norm.num_batches_tracked
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.5, 0.0, None])
+def test_queries_are_normalised_as_batch_norm_does_it(momentum):
+    layer = PEER(6, 16, heads=2, active=2, key_features=4, seed=3)
+    layer.norm.momentum = momentum
+    norm, x = copy.deepcopy(layer.norm), 3 + torch.randn(3, 4, 6)
+    for _ in range(2):
+        layer(x)
+        norm(x.flatten(0, 1) @ layer.query.T)
+    state, wanted = layer.norm.state_dict(), norm.state_dict()
+    assert state["num_batches_tracked"] == 2 and bool(state["running_mean"].any()) == (momentum != 0)
+    assert all(torch.allclose(state[key], wanted[key], atol=1e-6) for key in wanted)
+    layer.eval(), norm.eval()
+    query = norm(x.flatten(0, 1) @ layer.query.T).view(12, 2, 4)
+    assert torch.allclose(layer.search(x.flatten(0, 1))[0], product_key_topk(query, layer.first, layer.second, 2)[0])
+    alone = torch.cat([layer(token[None]) for token in x.flatten(0, 1)])
+    assert torch.allclose(alone, layer(x).flatten(0, 1), atol=1e-6)
+    assert all(torch.equal(value, state[key]) for key, value in copy.deepcopy(layer).norm.state_dict().items())
+
+
+def test_a_replayed_layer_counts_a_batch_once():
+    layer, x = PEER(6, 16, heads=2, active=2, key_features=4), torch.randn(5, 6)
+    run = Replay(layer.modules(), devices_of([x]))
+    with torch.no_grad(), run.recorded():
+        first = layer(x)
+    mean = layer.norm.running_mean.clone()
+    with run.again(run.tensors):
+        assert torch.equal(layer(x), first)
+    assert layer.norm.num_batches_tracked == 1 and torch.equal(layer.norm.running_mean, mean)
+
+
+def test_sparse_gradients_under_autocast():
+    layer = PEER(8, 64, heads=2, active=4, key_features=8, sparse=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(torch.randn(5, 8))
+    out.float().sum().backward()
+    assert out.dtype == torch.bfloat16 and layer.up.grad.is_sparse and layer.up.grad.dtype == torch.float32
 
 
 def test_product_keys_with_ties_and_few_keys():

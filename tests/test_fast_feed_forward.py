@@ -11,6 +11,7 @@ from torch import nn
 import weft
 from weft.errors import Unsupported, UsageError
 from weft.ffn import FastFeedForward, MasterLeafFeedForward
+from weft.kernels.tree import leaves_of
 from weft.ops.tree import leaf_outputs
 
 KINDS = [FastFeedForward, MasterLeafFeedForward]
@@ -67,6 +68,33 @@ def test_even_decisions_give_the_dense_layer():
                 made.node_bias.zero_()
             assert torch.allclose(made(x), given(x), atol=1e-5)
             assert all(p.is_contiguous() for p in made.parameters())
+
+
+@pytest.mark.parametrize("name", ["fast-feed-forward", "master-leaf"])
+def test_the_published_training_has_a_name(name):
+    """By the mixture, whatever its decisions; the loss has the paper's weights."""
+    given = {"fast-feed-forward": (3.0, 0.0), "master-leaf": (1.0, 1.0)}[name]
+    made = weft.create(f"soft-{name}", 12, 7, depth=3, leaf_width=5, dtype=torch.float64)
+    x = torch.randn(9, 12, dtype=torch.float64)
+    z = x @ made.node_weight.T + made.node_bias
+    c, m = z.sigmoid(), torch.ones(9, 1, dtype=torch.float64)
+    for level in c.split([1, 2, 4], 1):
+        m = torch.stack([m * (1 - level), m * level], 2).flatten(1)
+    hidden = F.gelu(torch.einsum("nd,lwd->nlw", x, made.up_weight) + made.up_bias)
+    y = torch.einsum("nl,nlo->no", m, torch.einsum("nlw,lwo->nlo", hidden, made.down_weight) + made.down_bias)
+    if name == "master-leaf":
+        k = made.kappa.sigmoid()
+        y = k * y + (1 - k) * made.master(x)
+    assert torch.allclose(made(x), y)
+    entropy = -(c * c.log() + (1 - c) * (1 - c).log()).mean()
+    taken = F.one_hot(leaves_of(x, made.node_weight, made.node_bias), 8).double()
+    loss = y.square().sum() + given[0] * entropy + given[1] * 8 * (taken.mean(0) * m.mean(0)).sum()
+    nodes = made.node_weight, made.node_bias
+    wanted, found = torch.autograd.grad(loss, nodes), torch.autograd.grad(made(x).square().sum(), nodes)
+    assert all(torch.allclose(a, b) for a, b in zip(found, wanted, strict=True))
+    ours = weft.create(name, 12, 7, depth=3, leaf_width=5, dtype=torch.float64)
+    assert not torch.allclose(ours(x), y) and torch.allclose(ours(x), ours.eval()(x))
+    assert torch.equal(ours(x), made.eval()(x))
 
 
 def test_what_cannot_be_converted():

@@ -19,8 +19,8 @@ from weft.diagnosis import concerns
 from weft.errors import StageError, Unsupported, WeftError
 from weft.measuring import alignment, build, by_module
 from weft.method import card
+from weft.optimizers import DEFAULTS, UNUSED, settings_of
 from weft.optimizers import chosen as choose
-from weft.optimizers import settings_of
 from weft.session import Tape
 from weft.specs import apply_conversions, read_tape
 from weft.training import Epoch, evaluate, fit
@@ -143,9 +143,7 @@ class Runner:
         def step(done: int, total: int) -> None:
             self.on_event({"event": "step", "rule": label, "seed": seed, "done": done, "total": total})
 
-        options = (
-            {key: record["defaults"][key] for key in ("optimizer", "lr", "schedule")} if rule.updates == "grad" else {}
-        )
+        options = {key: record["defaults"][key] for key in DEFAULTS} if rule.updates == "grad" else {}
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # what dropout in the user's model draws from
             history = fit(
@@ -201,7 +199,7 @@ class Runner:
     def _settings(self, rule: Any, source: Card) -> dict[str, Any]:
         """What the rule is trained with."""
         if rule.updates == "self":
-            return {"optimizer": None, "lr": None, "schedule": None}
+            return dict(UNUSED)
         return choose(settings_of(rule, **source.defaults), optimizer=self.how["optimizer"], lr=self.how["lr"])
 
     def _measure(self, one: Card, rule: Any, tape: Tape | None) -> dict[str, Any]:

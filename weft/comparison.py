@@ -20,7 +20,7 @@ from weft.cards import Card
 from weft.errors import UsageError, WeftError, unknown
 from weft.measuring import conversions_of
 from weft.method import card, methods
-from weft.optimizers import build_optimizer
+from weft.optimizers import DEFAULTS, build_optimizer
 from weft.recipe import Recipe
 from weft.report import PAGE, write_report
 from weft.runs import write
@@ -102,8 +102,8 @@ def compare(
         - ``passes``: as in :func:`weft.measure.passes`; ``independent_stages``: how many parts of the model are trained
           without waiting for each other; ``concerns``: reasons to doubt that the rule learns, see
           :func:`weft.diagnosis.concerns`;
-        - ``defaults`` (optimizer, lr, schedule), ``at`` (cuts), ``initial_weights`` (``shared`` by all rules, or the
-          rule's ``own``), ``parameters``, ``extra_parameters`` (numbers that the rule holds beside the model).
+        - ``defaults`` (optimizer, lr, schedule, clip), ``at`` (cuts), ``initial_weights`` (``shared`` by all rules, or
+          the rule's ``own``), ``parameters``, ``extra_parameters`` (numbers that the rule holds beside the model).
 
     Raises:
         UsageError: for names and options that do not exist; DataError, Unsupported: for data that cannot be used.
@@ -212,7 +212,7 @@ def keep(folder: Path, document: dict[str, Any]) -> None:
 def recipe_of(run: dict[str, Any], how: dict[str, Any]) -> Recipe:
     """The recipe that repeats one run of a comparison."""
     given = {key: how[key] for key in ("model", "data", "data_dir", "batch_size", "threads", "epochs")}
-    given |= {key: run["defaults"][key] for key in ("optimizer", "lr", "schedule") if run["defaults"].get(key)}
+    given |= {key: run["defaults"][key] for key in DEFAULTS if run["defaults"].get(key)}
     given |= {} if run["at"] is None else {"options": {"at": run["at"]}}
     given |= {key: run[key] for key in ("tape", "conversions") if run.get(key)}
     return Recipe.of({**given, "rule": run["method"], "seed": run["seed"]})

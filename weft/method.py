@@ -45,7 +45,8 @@ def method(
         tags: what theory says of it, each measured by one generic test.
         variants: further names for the same code: name -> ``{"options": {...}}``, and where they differ from the
             card, ``papers``, ``tags``, ``defaults`` and ``summary``.
-        defaults: optimizer, learning rate and schedule that were chosen on validation data.
+        defaults: optimizer, learning rate, schedule and perhaps clip (the largest norm of all gradients together),
+            chosen on validation data.
     """
 
     def mark(obj: T) -> T:

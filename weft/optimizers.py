@@ -24,7 +24,8 @@ SCHEDULES: Mapping[str, Callable[[float], float]] = {
     "linear": lambda done: 1.0 - done,
 }
 RATES = {"adam": 1e-3, "adamw": 1e-3, "sgd": 1e-1, "rmsprop": 1e-3}  # where another optimizer than the card's is given
-DEFAULTS = {"optimizer": "adam", "lr": 1e-3, "schedule": "cosine"}
+DEFAULTS: Mapping[str, Any] = {"optimizer": "adam", "lr": 1e-3, "schedule": "cosine", "clip": None}
+UNUSED: Mapping[str, Any] = dict.fromkeys(DEFAULTS)  # by a rule that changes the weights itself
 
 
 def build_optimizer(name: str, parameters: list[Any], lr: float, **options: Any) -> torch.optim.Optimizer:
@@ -41,7 +42,7 @@ def build_optimizer(name: str, parameters: list[Any], lr: float, **options: Any)
 
 
 def settings_of(rule: Any, **given: Any) -> dict[str, Any]:
-    """Optimizer, learning rate and schedule: those given (not None), else the card's, else Weft's."""
+    """Optimizer, learning rate, schedule and clip: those given (not None), else the card's, else Weft's."""
     try:
         defaults = card(rule.method_name).defaults
     except WeftError:
@@ -50,8 +51,10 @@ def settings_of(rule: Any, **given: Any) -> dict[str, Any]:
 
 
 def chosen(defaults: Mapping[str, Any], **given: Any) -> dict[str, Any]:
-    """Defaults under what is given (not None); another optimizer alone comes with a learning rate of its own."""
+    """Defaults under what is given (not None); another optimizer alone has its own learning rate, and no clip."""
     found = {**defaults, **{key: value for key, value in given.items() if value is not None}}
-    if found["optimizer"] != defaults["optimizer"] and given.get("lr") is None:
-        found["lr"] = RATES.get(found["optimizer"], found["lr"])
+    if found["optimizer"] != defaults["optimizer"]:
+        found["clip"] = given.get("clip")
+        if given.get("lr") is None:
+            found["lr"] = RATES.get(found["optimizer"], found["lr"])
     return found

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from weft.cards import Card
 from weft.errors import RecipeError, UsageError, unknown
 from weft.method import card
-from weft.optimizers import DEFAULTS, OPTIMIZERS, SCHEDULES
+from weft.optimizers import DEFAULTS, OPTIMIZERS, SCHEDULES, UNUSED
 from weft.optimizers import chosen as choose
 from weft.specs import read_conversion, read_tape
 
@@ -33,7 +33,7 @@ class Phase(_Plain):
         options: keyword arguments of the rule.
         optimizer, lr, schedule: by default those of the rule's card.
         weight_decay: of the optimizer; null leaves its own default.
-        clip: the largest norm of all gradients together; null for no limit.
+        clip: the largest norm of all gradients together; by default the card's, .inf for no limit.
     """
 
     rule: str
@@ -43,7 +43,7 @@ class Phase(_Plain):
     lr: float | None = Field(None, gt=0, allow_inf_nan=False)
     schedule: str | None = None
     weight_decay: float | None = Field(None, ge=0, allow_inf_nan=False)
-    clip: float | None = Field(None, gt=0, allow_inf_nan=False)
+    clip: float | None = Field(None, gt=0)
 
     @field_validator("rule")
     @classmethod
@@ -168,13 +168,13 @@ class Recipe(_Plain):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
     def settings(self, phase: Phase) -> dict[str, Any]:
-        """Optimizer, learning rate and schedule of a phase: its own, else its card's, else Weft's.
+        """Optimizer, learning rate, schedule and clip of a phase: its own, else its card's, else Weft's.
 
         None of each for a rule that changes the weights itself.
         """
         if getattr(card(phase.rule).load(), "updates", "grad") == "self":
-            return {"optimizer": None, "lr": None, "schedule": None}
-        own = {"optimizer": phase.optimizer, "lr": phase.lr, "schedule": phase.schedule}
+            return dict(UNUSED)
+        own = {key: getattr(phase, key) for key in DEFAULTS}
         return choose({**DEFAULTS, **card(phase.rule).defaults}, **own)
 
 

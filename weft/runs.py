@@ -208,7 +208,6 @@ class _Run:
             batch_size=recipe.batch_size,
             seed=recipe.seed,
             weight_decay=phase.weight_decay,
-            clip=phase.clip,
             accumulate=recipe.accumulate,
             autocast=recipe.autocast,
             tape=None if recipe.tape is None else read_tape(recipe.tape),

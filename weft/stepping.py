@@ -27,7 +27,7 @@ class Stepper:
         rule: any rule.
         data: a :class:`weft.data.Dataset`.
         group: the processes that share every batch.
-        clip: the largest norm of all gradients together; None: no limit.
+        clip: the largest norm of all gradients together; None or infinite: no limit.
         accumulate: the micro-batches that a process's part of a batch is cut into.
         autocast: ``"bfloat16"``, ``"float16"`` or None.
         tape: what packs the tensors kept between the passes of each step, or None.
@@ -50,7 +50,7 @@ class Stepper:
     ) -> None:
         if autocast not in (None, "bfloat16", "float16"):
             raise UsageError(unknown("autocast", str(autocast), ["bfloat16", "float16"]))
-        if clip is not None and not (math.isfinite(clip) and clip > 0):
+        if clip is not None and not clip > 0:
             raise UsageError(f"clip={clip}; it is a positive number")
         if data.kind == "graph" and (accumulate > 1 or group.size > 1):
             given = f"accumulate={accumulate} with {group.size} process{'es' * (group.size > 1)}"
@@ -58,7 +58,8 @@ class Stepper:
                 f"the nodes of a graph are one batch, which {given} would cut", "accumulate=1, one process"
             )
         self.rule, self.data, self.group = rule, data, group
-        self.clip, self.accumulate, self.autocast, self.tape = clip, accumulate, autocast, tape
+        self.clip = None if clip == math.inf else clip
+        self.accumulate, self.autocast, self.tape = accumulate, autocast, tape
 
     def join(self, smallest: int) -> None:
         """Begin together with the other processes: the same weights everywhere, and a rule that can be shared.

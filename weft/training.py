@@ -52,7 +52,8 @@ class Trainer:
         data: a :class:`weft.data.Dataset`.
         epochs, batch_size, optimizer, lr, schedule, seed: as in :func:`fit`.
         weight_decay: of the optimizer; None leaves the optimizer's own default.
-        clip: the largest norm of all gradients together; larger ones are scaled down to it. None: no limit.
+        clip: the largest norm of all gradients together; larger ones are scaled down to it. None: the card's, which
+            for most rules is none; ``math.inf``: no limit.
         accumulate: the micro-batches that a batch is cut into, to step with less memory.
         autocast: ``"bfloat16"`` or ``"float16"`` to run the rule's steps under ``torch.autocast``.
         tape: what packs the tensors kept between the passes of each step; None for plain PyTorch.
@@ -84,7 +85,7 @@ class Trainer:
         group: Group | None = None,
         before: Trainer | None = None,
     ) -> None:
-        self.settings = settings_of(rule, optimizer=optimizer, lr=lr, schedule=schedule)
+        self.settings = settings_of(rule, optimizer=optimizer, lr=lr, schedule=schedule, clip=clip)
         if self.settings["schedule"] not in SCHEDULES:
             raise UsageError(unknown("schedule", self.settings["schedule"], list(SCHEDULES)))
         if epochs < 1 or accumulate < 1:
@@ -99,7 +100,8 @@ class Trainer:
         self.optimizer: torch.optim.Optimizer | None = self._optimizer(None if before is None else before.optimizer)
         self._summed, self._seconds = 0.0, 0.0
         self.group = Group() if group is None else group
-        self.stepper = Stepper(rule, data, self.group, clip=clip, accumulate=accumulate, autocast=autocast, tape=tape)
+        limit = None if rule.updates == "self" else self.settings["clip"]
+        self.stepper = Stepper(rule, data, self.group, clip=limit, accumulate=accumulate, autocast=autocast, tape=tape)
         smallest = len(data.y_train) - batch_size * (self.per_epoch - 1)
         self.stepper.join(min(smallest, batch_size))
 
@@ -255,9 +257,9 @@ def fit(
         on_epoch: called after each epoch.
         on_step: called with (steps done, steps in all) after each step.
         options: of :class:`Trainer`: ``epochs=10``, ``batch_size=128``, ``optimizer`` (``adam``, ``adamw``, ``sgd`` or
-            ``rmsprop``), ``lr``, ``schedule`` (``constant``, ``cosine`` or ``linear``, to zero over all steps; these
-            three by default the card's), ``seed`` of the order of batches, ``weight_decay``, ``clip``, ``accumulate``,
-            ``autocast``, ``tape``, ``group`` (of processes).
+            ``rmsprop``), ``lr``, ``schedule`` (``constant``, ``cosine`` or ``linear``, to zero over all steps),
+            ``clip`` (these four by default the card's), ``seed`` of the order of batches, ``weight_decay``,
+            ``accumulate``, ``autocast``, ``tape``, ``group`` (of processes).
 
     Raises:
         UsageError: for options that do not exist or make no sense.

@@ -209,4 +209,5 @@ def _settings(run: dict[str, Any]) -> str:
     chosen = run["defaults"]
     if chosen.get("optimizer") is None:
         return "itself"
-    return f"{chosen['optimizer']} {chosen['lr']:g} {chosen['schedule']}"
+    clip = f" clip {chosen['clip']:g}" if chosen.get("clip") else ""
+    return f"{chosen['optimizer']} {chosen['lr']:g} {chosen['schedule']}{clip}"

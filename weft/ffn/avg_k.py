@@ -29,11 +29,12 @@ from torch import Tensor, nn
 from weft.claim import Check, claim
 from weft.convert import Convertible
 from weft.errors import UsageError
-from weft.ffn.mixture import compute_dtype, feed_forward
+from weft.ffn.mixture import compute_dtype
 from weft.ffn.moe_plus_plus import MoEPlusPlus
 from weft.kernels.grouped import grouped_linear
 from weft.measure import operations
 from weft.method import method
+from weft.ops.feed_forward import two_layers
 from weft.ops.routing import sorted_slots
 from weft.testing.example import Example
 
@@ -71,7 +72,8 @@ def chosen_blocks(
 class AvgK(Convertible):
     """An ``nn.Sequential(nn.Linear, activation, nn.Linear)`` of which each token takes some blocks of hidden units.
 
-    Its parameters are the ordinary layer's, shared; it has none of its own.
+    Its parameters are the ordinary layer's, shared; it has none of its own. A new one is made from a new layer:
+    ``AvgK(nn.Sequential(nn.Linear(64, 1024), nn.ReLU(), nn.Linear(1024, 64)), block=1, active=64)``.
 
     Args:
         layer: hidden units a multiple of ``block``, an elementwise activation without parameters.
@@ -87,7 +89,7 @@ class AvgK(Convertible):
 
     def __init__(self, layer: nn.Module, *, block: int = 64, active: float = 0.125) -> None:
         super().__init__()
-        hidden = feed_forward(layer)[0].out_features
+        hidden = two_layers(layer)[0].out_features
         blocks = hidden // block if block > 0 else 0
         count = max(1, round(active * blocks)) if 0 < active < 1 else int(active)
         if not blocks or hidden % block or not 1 <= count <= blocks:
@@ -95,16 +97,6 @@ class AvgK(Convertible):
                 f"active={active} of blocks of block={block} for {hidden} hidden units: give a divisor, at most all"
             )
         self.layers, self.block, self.active = layer, block, count
-
-    @classmethod
-    def direct(cls, features: int, hidden: int, *, out_features: int | None = None, bias: bool = True,
-               activation: Any = nn.ReLU, seed: int = 0, **options: Any) -> AvgK:  # fmt: skip
-        """A new layer of ``hidden`` cells, with torch's own initial weights, drawn from ``seed``."""
-        out = features if out_features is None else out_features
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            made = nn.Sequential(nn.Linear(features, hidden, bias), activation(), nn.Linear(hidden, out, bias))
-        return cls(made, **options)
 
     @classmethod
     def from_dense(cls, layer: nn.Module, **options: Any) -> AvgK:
@@ -117,7 +109,7 @@ class AvgK(Convertible):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., D] -> [..., D']``."""
-        first, act, second = feed_forward(self.layers)
+        first, act, second = two_layers(self.layers)
         flat = x.reshape(-1, first.in_features).to(compute_dtype(x))
         y, _ = chosen_blocks(flat, first, act, second, self.block, self.active)
         return y.view(*x.shape[:-1], second.out_features)
@@ -221,7 +213,10 @@ def _loss(seed: int, kind: str, steps: int = 400) -> float:
         torch.manual_seed(seed)
         model = CharTransformer(data.classes, width=64, heads=4, layers=2)
     for i, block in enumerate(model.blocks):
-        made: Any = AvgK.direct(64, 1024, block=1, active=64, seed=97 * seed + i)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(97 * seed + i)
+            cells = nn.Sequential(nn.Linear(64, 1024), nn.ReLU(), nn.Linear(1024, 64))
+        made: Any = AvgK(cells, block=1, active=64)
         if kind == "switch":
             given: dict[str, Any] = {"zero": 0, "copy": 0, "constant": 0, "active": 1, "renormalise": False}
             made = MoEPlusPlus(

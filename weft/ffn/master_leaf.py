@@ -9,9 +9,9 @@ leaf that few inputs reach early is reached by none later.
 
 Paper: "Enhancing Fast Feed Forward Networks with Load Balancing and a Master Leaf Node", Andreas Charalampopoulos,
 Nikolas Chatzis, Foivos Ntoulas-Panagiotopoulos, Charilaos Papaioannou, Alexandros Potamianos, 2024, arXiv:2405.16836.
-In the authors' code the master leaf has 8 hidden units, kappa starts at 1/2, and training has two phases: h = a = 1,
-then h = 3 and a = 0, by the mixture (``straight_through=False``; set the attributes ``hardening`` and ``balance``
-between the two).
+In the authors' code the master leaf has 8 hidden units, kappa starts at 1/2, and training is by the mixture, in two
+phases: h = a = 1, then h = 3 and a = 0. ``soft-master-leaf`` is that (set the attributes ``hardening`` and ``balance``
+between the two); ``master-leaf`` takes one leaf in training, too, see `FastFeedForward`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,18 @@ from weft.method import method
 from weft.testing.example import Example
 
 
-@method("master-leaf", contract="layer", family="ffn", papers=[19])
+@method(
+    "master-leaf",
+    contract="layer",
+    family="ffn",
+    papers=[19],
+    variants={
+        "soft-master-leaf": {
+            "options": {"straight_through": False, "hardening": 1.0, "balance": 1.0},
+            "summary": "A tree of small feed-forward layers beside one for every input, trained as a mixture.",
+        }
+    },
+)
 class MasterLeafFeedForward(FastFeedForward):
     """A `FastFeedForward` with a leaf that is always computed.
 

@@ -13,25 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from weft.convert import Convertible
-from weft.errors import Unsupported, UsageError
+from weft.errors import UsageError
 from weft.kernels.grouped import grouped_linear
+from weft.ops.feed_forward import two_layers
 from weft.ops.routing import Slots
-from weft.ops.token_layers import POINTWISE, own_weights
 
-__all__ = ["Mixture", "compute_dtype", "feed_forward", "uniform"]
-
-
-def feed_forward(layer: nn.Module) -> tuple[nn.Linear, nn.Module, nn.Linear]:
-    """The parts of an ``nn.Sequential(nn.Linear, activation, nn.Linear)``.
-
-    Raises:
-        Unsupported: for other layers: the activation is elementwise and has no parameters.
-    """
-    parts: list[Any] = list(layer) if type(layer) is nn.Sequential else []
-    if len(parts) != 3 or not type(parts[0]) is type(parts[2]) is nn.Linear or type(parts[1]) not in POINTWISE:
-        raise Unsupported(f"{layer} has no hidden units to divide", "nn.Sequential(nn.Linear, nn.GELU(), nn.Linear)")
-    own_weights(*parts)
-    return parts[0], parts[1], parts[2]
+__all__ = ["Mixture", "compute_dtype", "uniform"]
 
 
 def uniform(shape: tuple[int, ...], fan_in: int, generator: torch.Generator) -> Tensor:
@@ -97,7 +84,7 @@ class Mixture(Convertible):
             experts: E, divides the hidden units.
             options: of the class.
         """
-        first, act, second = feed_forward(layer)
+        first, act, second = two_layers(layer)
         if experts < 1 or first.out_features % experts:
             raise UsageError(f"experts={experts!r} of {first.out_features} hidden units: give a divisor")
         biases = {first.bias is None, second.bias is None}

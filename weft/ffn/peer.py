@@ -11,9 +11,9 @@ feed-forward layer that the experts are cut from; the paper's experts have none.
 Paper: "Mixture of A Million Experts", Xu Owen He, 2024, arXiv:2407.04153.
 
 The paper has n = m = 1024, h = 8, k = 16 and batch normalisation of queries, which spreads the load over the experts
-(statistics over all tokens, one for each query feature; batches of a single token take the running ones). It names
-softmax and sigmoid for the gates; its code has softmax over a head's k. With ``sparse=True`` gradients of u and v are
-sparse tensors for ``torch.optim.SparseAdam``: dense ones are as large as the experts' tables.
+(statistics over all tokens, one for each query feature; fewer than two tokens take the running ones). It names softmax
+and sigmoid for the gates; its code has softmax over a head's k. With ``sparse=True`` gradients of u and v are sparse
+tensors for ``torch.optim.SparseAdam``: dense ones are as large as the experts' tables.
 A token reads 2 h k vectors from memory, and its gradient writes as many: on a CPU a dense layer of h k hidden units,
 whose weights serve all tokens, is faster. What it buys is parameters, not time.
 """
@@ -29,13 +29,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from weft._keeping import plain_math
 from weft.claim import Check, claim
 from weft.convert import Convertible
 from weft.errors import UsageError
-from weft.ffn.mixture import compute_dtype, feed_forward, uniform
+from weft.ffn.mixture import compute_dtype, uniform
 from weft.kernels.rows import row_products, row_sums
 from weft.measure import operations
 from weft.method import method
+from weft.ops.feed_forward import two_layers
 from weft.ops.product_keys import product_key_topk
 from weft.testing.example import Example
 
@@ -121,7 +123,7 @@ class PEER(Convertible):
             layer: ``nn.Sequential(nn.Linear, activation, nn.Linear)``.
             options: of the class.
         """
-        first, act, second = feed_forward(layer)
+        first, act, second = two_layers(layer)
         made = cls(
             first.in_features, first.out_features, out_features=second.out_features, activation=lambda: act, **options
         ).to(first.weight)
@@ -146,12 +148,12 @@ class PEER(Convertible):
     def search(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Scores and numbers ``[T, h, k]`` of the chosen experts for tokens ``[T, D]``."""
         query = F.linear(x, self.query.to(x.dtype))
-        if self.norm is not None:
-            norm, batch = self.norm, False
-            if norm.training and x.shape[0] > 1:
-                batch = True
-            given = norm.running_mean, norm.running_var, norm.weight, norm.bias
-            query = F.batch_norm(query, *given, batch, norm.momentum or 0.1, norm.eps)
+        if (norm := self.norm) is not None:
+            if norm.training and x.shape[0] < 2:  # no statistics to take
+                given = norm.running_mean, norm.running_var, norm.weight, norm.bias
+                query = F.batch_norm(query, *given, eps=norm.eps)
+            else:
+                query = norm(query)
         query = query.to(x.dtype).view(x.shape[0], self.heads, 2 * self.first.shape[1])
         return product_key_topk(query, self.first.to(x.dtype), self.second.to(x.dtype), self.active)
 
@@ -159,11 +161,11 @@ class PEER(Convertible):
         """``[..., D] -> [..., D']``."""
         flat = x.reshape(-1, self.features).to(compute_dtype(x))
         scores, numbers = self.search(flat)
-        up, down = self.up.to(flat.dtype), self.down.to(flat.dtype)
-        bias = None if self.bias is None else self.bias.to(flat.dtype)
         gates = scores.softmax(-1).flatten(1)
-        y = retrieved(flat, up, down, numbers.flatten(1), gates, self.act, bias=bias, sparse=self.sparse)
-        y = y if self.out_bias is None else y + self.out_bias.to(y.dtype)
+        tables = self.up, self.down, numbers.flatten(1)  # in their own dtype: a copy of them costs more than it saves
+        with plain_math(x.device):
+            y = retrieved(flat.to(self.up.dtype), *tables, gates, self.act, bias=self.bias, sparse=self.sparse)
+        y = y if self.out_bias is None else y + self.out_bias
         return y.to(flat.dtype).view(*x.shape[:-1], self.out_features)
 
 
@@ -230,7 +232,7 @@ def exact_search(seed: int) -> list[Check]:
     row=209,
     mutants={
         "gates over all heads": ("scores.softmax(-1).flatten(1)", "scores.flatten(1).softmax(-1)"),
-        "running statistics": ("batch = True", "batch = False"),
+        "running statistics": ("query = norm(query)", "query = norm.eval()(query)"),
         "gates inside": ("row_sums(gates.to(h) * h", "row_sums(act(gates.to(h) * h)"),
         "gates without gradient": ("gates = scores.softmax", "gates = scores.detach().softmax"),
         "heads share a query": ("self.query.to(x.dtype))", "self.query[:4].repeat(self.heads, 1).to(x.dtype))"),

@@ -45,8 +45,16 @@ def grouped_linear(
     if not fits or first.shape[1] != x.shape[1] or (bias is not None and bias.shape != (len(weights), first.shape[0])):
         found = f"x {tuple(x.shape)} {x.dtype}, {len(weights)} weights like {tuple(first.shape)} {first.dtype}"
         raise UsageError(f"{found}, sizes {tuple(sizes.shape)}: give [T, D], [O, D] for each group, and [G]")
-    out: Tensor = _GroupedLinear.apply(x, rows, sizes, bias, scale, *weights)
+    given = x, rows, sizes, bias, scale
+    if torch.compiler.is_compiling() and not _needs_gradient(x, bias, scale, *weights):
+        plain: Tensor = _product(*given, list(weights))  # the compiler takes no function of many weights without one
+        return plain
+    out: Tensor = _GroupedLinear.apply(*given, *weights)
     return out
+
+
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 class _GroupedLinear(torch.autograd.Function):

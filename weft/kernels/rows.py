@@ -28,56 +28,38 @@ def row_products(x: Tensor, table: Tensor, numbers: Tensor, *, sparse: bool = Fa
         numbers: ``[T, J]`` int64.
         sparse: the table's gradient is a sparse tensor with T J rows, instead of as large as the table.
     """
-    out: Tensor = _RowProducts.apply(x, table, numbers, sparse)
+    out: Tensor = _Rows.apply(x, table, numbers, True, sparse)
     return out
 
 
 def row_sums(weights: Tensor, table: Tensor, numbers: Tensor, *, sparse: bool = False) -> Tensor:
     """``sum_j weights[t, j] table[numbers[t, j]]``, ``[T, D]``; arguments as in `row_products`, weights ``[T, J]``."""
-    out: Tensor = _RowSums.apply(weights, table, numbers, sparse)
+    out: Tensor = _Rows.apply(weights, table, numbers, False, sparse)
     return out
 
 
-class _RowProducts(torch.autograd.Function):
+class _Rows(torch.autograd.Function):
+    """One of the two; by its first argument its derivative is the other one."""
+
     @staticmethod
-    def forward(x: Tensor, table: Tensor, numbers: Tensor, sparse: bool) -> Tensor:
-        return _products(x, table, numbers)
+    def forward(first: Tensor, table: Tensor, numbers: Tensor, products: bool, sparse: bool) -> Tensor:
+        out: Tensor = (_products if products else _sums)(first, table, numbers)
+        return out
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, table, numbers, ctx.sparse = inputs
-        ctx.save_for_backward(x, table, numbers)
+        first, table, numbers, ctx.products, ctx.sparse = inputs
+        ctx.save_for_backward(first, table, numbers)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, table, numbers = ctx.saved_tensors
-        of_x = _sums(grad, table, numbers) if ctx.needs_input_grad[0] else None
-        return (
-            of_x,
-            _table_gradient(grad, x, table, numbers, ctx.sparse) if ctx.needs_input_grad[1] else None,
-            None,
-            None,
-        )
-
-
-class _RowSums(torch.autograd.Function):
-    @staticmethod
-    def forward(weights: Tensor, table: Tensor, numbers: Tensor, sparse: bool) -> Tensor:
-        return _sums(weights, table, numbers)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        weights, table, numbers, ctx.sparse = inputs
-        ctx.save_for_backward(weights, table, numbers)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weights, table, numbers = ctx.saved_tensors
-        of_weights = _products(grad, table, numbers) if ctx.needs_input_grad[0] else None
-        of_table = _table_gradient(weights, grad, table, numbers, ctx.sparse) if ctx.needs_input_grad[1] else None
-        return of_weights, of_table, None, None
+        first, table, numbers = ctx.saved_tensors
+        other = _sums if ctx.products else _products
+        weights, x = (grad, first) if ctx.products else (first, grad)
+        of_first = other(grad, table, numbers) if ctx.needs_input_grad[0] else None
+        of_table = _table_gradient(weights, x, table, numbers, ctx.sparse) if ctx.needs_input_grad[1] else None
+        return of_first, of_table, None, None, None
 
 
 def _table_gradient(weights: Tensor, x: Tensor, table: Tensor, numbers: Tensor, sparse: bool) -> Tensor:

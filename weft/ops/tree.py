@@ -5,16 +5,11 @@ Nodes are numbered level by level from 0; those below node i are 2 i + 1, to the
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from weft.errors import Unsupported
-from weft.ops.token_layers import own_weights
-
-__all__ = ["entropy", "imbalance", "kernel_activation", "leaf_outputs", "mixed_leaves", "mixture", "two_layers"]
+__all__ = ["entropy", "imbalance", "kernel_activation", "leaf_outputs", "mixed_leaves", "mixture"]
 
 
 def mixture(c: Tensor) -> Tensor:
@@ -81,16 +76,3 @@ def kernel_activation(activation: nn.Module) -> str | None:
     if type(activation) is nn.GELU:
         return "gelu" if activation.approximate == "none" else "gelu_tanh"
     return {nn.Identity: "identity", nn.ReLU: "relu", nn.SiLU: "silu"}.get(type(activation))
-
-
-def two_layers(layer: nn.Module) -> tuple[Any, Any, Any]:
-    """The parts of ``nn.Sequential(nn.Linear, activation, nn.Linear)``.
-
-    Raises:
-        Unsupported: for other layers.
-    """
-    parts: list[Any] = list(layer) if type(layer) is nn.Sequential else []
-    if [type(part) for part in parts[::2]] != [nn.Linear, nn.Linear] or len(parts) != 3:
-        raise Unsupported(f"{layer} is not cut into leaves", "nn.Sequential(nn.Linear, nn.GELU(), nn.Linear)")
-    own_weights(*parts)
-    return parts[0], parts[1], parts[2]

@@ -43,6 +43,7 @@ class Settings(_Read):
     optimizer: str | None = None
     lr: FiniteFloat | None = None
     schedule: str | None = None
+    clip: FiniteFloat | None = None
 
 
 class Run(_Read):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from weft.report.parts import Table, count, many, number, percent, seeds, several, size, spread
-from weft.report.reading import Run, Source
+from weft.report.reading import Run, Settings, Source
 from weft.report.series import BASELINE, Chapter, Series, Spread
 
 NEAR = 0.05  # accuracies and times that count as being about the same
@@ -174,7 +174,7 @@ def choices(chapter: Chapter) -> tuple[list[str], Table | None]:
     rows = []
     for one in chapter.series:
         first = one.runs[0]
-        trained = [_settings(phase.optimizer, phase.lr, phase.schedule) for phase in first.phases]
+        trained = [_settings(phase) for phase in first.phases]
         at = "none" if first.at is None else ", ".join(name or "(itself)" for name in first.at)
         weights = {"own": "own", "shared": "shared"}.get(first.initial_weights or "", "by seed")
         rows.append([one.label, " → ".join(trained), _origin(one.source), at, weights, seeds(one)])
@@ -193,8 +193,10 @@ def choices(chapter: Chapter) -> tuple[list[str], Table | None]:
     return said, Table("What each rule was trained with", columns, rows, [6]) if rows else None
 
 
-def _settings(optimizer: str | None, lr: float | None, schedule: str | None) -> str:
-    return "changes weights itself" if optimizer is None or lr is None else f"{optimizer} {lr:g} {schedule}"
+def _settings(phase: Settings) -> str:
+    if phase.optimizer is None or phase.lr is None:
+        return "changes weights itself"
+    return f"{phase.optimizer} {phase.lr:g} {phase.schedule}" + (f" clip {phase.clip:g}" if phase.clip else "")
 
 
 def _origin(source: Source) -> str:

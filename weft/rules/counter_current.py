@@ -6,8 +6,10 @@
 
 W_k and V_{k+1} learn by L_k alone. The feedback net mirrors the model's widths, without biases, and is the rule's own;
 prediction is the model's. Its signals belong to classes, not to rows: it costs K rows of a linear network.
-The authors' loss has a further term, for the input and s_0, which trains V_1 and nothing else: left out. Their
-convolutional nets have a convolutional feedback net; here images are averaged over places, and tokens taken one by one.
+The authors train both nets by SGD with a rate of 1 and the norm of their gradients clipped to 1; so are the defaults,
+with momentum; by Adam a rate above 1e-3 diverges. Their loss has a further term, for the input and s_0, which trains
+V_1 and nothing else: left out. Their convolutional nets have a convolutional feedback net; here images are averaged
+over places, and tokens taken one by one.
 
 Paper: "Counter-Current Learning: A Biologically Plausible Dual Network Approach for Deep Learning", Chia-Hsiang Kao,
 Bharath Hariharan, 2024, arXiv:2409.19841.
@@ -60,7 +62,7 @@ def matching_loss(a: Tensor, s: Tensor, y: Tensor, strength: float = 128.0) -> T
     family="rules",
     papers=[23],
     tags={"additive", "local", "deterministic"},
-    defaults={"optimizer": "adam", "lr": 1e-3, "schedule": "constant"},
+    defaults={"optimizer": "sgd", "lr": 0.1, "schedule": "constant", "clip": 1.0},
 )
 class CounterCurrent(Rule):
     """Counter-current learning; the feedback net is in ``feedback`` and trained along.

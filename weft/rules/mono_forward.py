@@ -47,7 +47,7 @@ def goodness(h: Tensor, projection: Tensor, *, tokens: bool = False, channels_la
     family="rules",
     papers=[140],
     tags={"additive", "local", "deterministic"},
-    defaults={"optimizer": "adam", "lr": 1e-3, "schedule": "cosine"},
+    defaults={"optimizer": "adam", "lr": 3e-3, "schedule": "cosine"},
 )
 class MonoForward(Rule):
     """Mono-Forward; the model's own scores are used to predict, the projections only to train.

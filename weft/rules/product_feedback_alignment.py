@@ -40,7 +40,7 @@ from weft.testing.example import Example, classification
     family="rules",
     papers=[121],
     tags={"additive", "deterministic"},
-    defaults={"optimizer": "sgd", "lr": 0.2, "schedule": "cosine"},
+    defaults={"optimizer": "sgd", "lr": 0.05, "schedule": "cosine"},
     variants={
         "orthogonal-product-feedback-alignment": {
             "options": {"expansion": 1, "orthogonal": True},

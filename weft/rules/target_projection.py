@@ -62,11 +62,10 @@ def single_steps(module: nn.RNNBase, x: Tensor, first: Tensor | None, h: Tensor)
         "direct-random-target-projection": {
             "options": {"local_loss": "linear"},
             "papers": [],
-            "defaults": {"optimizer": "adam", "lr": 2e-3, "schedule": "cosine"},
             "summary": "Push every stage along a fixed random projection of the label, whatever it gave.",
         }
     },
-    defaults={"optimizer": "adam", "lr": 5e-3, "schedule": "cosine"},
+    defaults={"optimizer": "adam", "lr": 2e-3, "schedule": "cosine"},
 )
 class TargetProjection(Rule):
     """Target projection; ``step`` returns the last stage's loss, and the model's own scores predict.

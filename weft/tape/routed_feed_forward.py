@@ -26,10 +26,10 @@ from torch import Tensor, nn
 
 from weft.claim import Check, claim
 from weft.convert import Convertible
-from weft.errors import Unsupported, UsageError
+from weft.errors import UsageError
 from weft.measure import operations
 from weft.method import method
-from weft.ops.token_layers import POINTWISE, own_weights
+from weft.ops.feed_forward import two_layers
 from weft.session import kept
 from weft.testing.example import Example
 
@@ -109,12 +109,7 @@ class RoutedFeedForward(Convertible):
 
     def __init__(self, layer: nn.Module, *, blocks: int = 4, active: int = 2, seed: int = 0) -> None:
         super().__init__()
-        parts: list[Any] = list(layer) if type(layer) is nn.Sequential else []
-        shape = len(parts) == 3 and type(parts[0]) is type(parts[2]) is nn.Linear and type(parts[1]) in POINTWISE
-        if not shape:
-            raise Unsupported(f"{layer} is not divided into blocks", "nn.Sequential(nn.Linear, nn.GELU(), nn.Linear)")
-        own_weights(*parts)
-        first = parts[0]
+        first = two_layers(layer)[0]
         if not 1 <= active <= blocks or first.out_features % blocks:
             raise UsageError(f"active={active!r} of blocks={blocks!r} for {first.out_features} hidden units")
         self.layers, self.active = layer, active

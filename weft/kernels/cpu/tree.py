@@ -67,22 +67,27 @@ def dot(a: Any, x: Any, size: Any) -> Any:
 
 
 @numba.njit(error_model="numpy")
+def following(a: Any, stride: Any) -> Any:
+    """The addresses of the seven vectors after the one at ``a``."""
+    a4 = a + U(4) * stride
+    return a + stride, a + U(2) * stride, a4 - stride, a4, a4 + stride, a4 + U(2) * stride, a4 + U(3) * stride
+
+
+@numba.njit(error_model="numpy")
+def ask(ahead: Any, step: Any, j: Any) -> None:
+    """Asks for one of the first six lines of eight vectors, ``step`` apart: the vectors by turns as ``j`` grows."""
+    if j < U(48):
+        prefetch(ahead + step * (j & U(7)) + LINE * (j >> U(3)))
+
+
+@numba.njit(error_model="numpy")
 def dots(a: Any, x: Any, size: Any, out: Any, ahead: Any, step: Any) -> None:
     """Products of eight vectors, ``size`` apart, with ``x``; the first lines of eight at ``ahead`` are asked for."""
-    stride = FLOAT * size
-    a1 = a + stride
-    a2 = a1 + stride
-    a3 = a2 + stride
-    a4 = a3 + stride
-    a5 = a4 + stride
-    a6 = a5 + stride
-    a7 = a6 + stride
-    last = size & ~U(15)
+    stride, last = FLOAT * size, size & ~U(15)
+    a1, a2, a3, a4, a5, a6, a7 = following(a, stride)
     s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = splat(f32(0.0))
     for i in range(U(0), last, LANES):
-        j = i >> U(4)
-        if j < U(48):
-            prefetch(ahead + step * (j & U(7)) + LINE * (j >> U(3)))
+        ask(ahead, step, i >> U(4))
         o = FLOAT * i
         v = load(x + o)
         s0 = fma(load(a + o), v, s0)
@@ -111,15 +116,8 @@ def dots(a: Any, x: Any, size: Any, out: Any, ahead: Any, step: Any) -> None:
 @numba.njit(error_model="numpy")
 def accumulate(a: Any, size: Any, factors: Any, out: Any, ahead: Any, step: Any) -> None:
     """Adds eight vectors, ``size`` apart, times eight factors to ``out``; lines at ``ahead`` as in `dots`."""
-    stride = FLOAT * size
-    a1 = a + stride
-    a2 = a1 + stride
-    a3 = a2 + stride
-    a4 = a3 + stride
-    a5 = a4 + stride
-    a6 = a5 + stride
-    a7 = a6 + stride
-    last = size & ~U(15)
+    stride, last = FLOAT * size, size & ~U(15)
+    a1, a2, a3, a4, a5, a6, a7 = following(a, stride)
     c0, c1, c2, c3 = read(factors), read(factors + U(4)), read(factors + U(8)), read(factors + U(12))
     c4, c5, c6, c7 = read(factors + U(16)), read(factors + U(20)), read(factors + U(24)), read(factors + U(28))
     v0, v1, v2, v3, v4, v5, v6, v7 = (
@@ -133,9 +131,7 @@ def accumulate(a: Any, size: Any, factors: Any, out: Any, ahead: Any, step: Any)
         splat(c7),
     )
     for i in range(U(0), last, LANES):
-        j = i >> U(4)
-        if j < U(48):
-            prefetch(ahead + step * (j & U(7)) + LINE * (j >> U(3)))
+        ask(ahead, step, i >> U(4))
         o = FLOAT * i
         s, t = fma(load(a + o), v0, load(out + o)), splat(f32(0.0))
         s, t = fma(load(a1 + o), v1, s), fma(load(a2 + o), v2, t)
