@@ -184,7 +184,7 @@ def signals(seed: int) -> list[Check]:
     budget=150.0,
     mutants={
         "drawn anew each step": ('"feedback", fixed=True', '"feedback"'),
-        "against the error": ("* self.spread) @ matrix", "* self.spread) @ -matrix"),
+        "errors of other nodes": ("spread_error(error, ", "spread_error(error.roll(1, 0), "),
     },
 )
 def cora_accuracy(seed: int) -> Check:
