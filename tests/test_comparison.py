@@ -120,6 +120,16 @@ def test_optimizers():
     assert recipe.settings(recipe.rules[0]) == own[1]
 
 
+def test_a_cards_clip_is_applied():
+    digits = weft.data.load("digits")
+    rule = weft.create("counter-current", weft.models.build("mlp:16", **digits.form))
+    assert weft.training.Trainer(rule, digits).stepper.clip == 1.0
+    assert weft.training.Trainer(rule, digits, clip=float("inf")).stepper.clip is None
+    recipe = weft.Recipe.of({"model": "mlp:16", "data": "digits", "rule": "tagi", "clip": 1.0, "epochs": 1})
+    with pytest.raises(weft.UsageError, match="leave clip"):
+        weft.run(recipe)
+
+
 @pytest.mark.parametrize(
     ("how", "message"),
     [

@@ -7,7 +7,7 @@ import dataclasses
 import importlib
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -265,3 +265,11 @@ def _joined(doc: str) -> str:
     """A docstring with each wrapped ``Paper:`` paragraph on one line."""
     lines = [re.sub(r"\s*\n\s*", " ", block.strip()) for block in re.split(r"\n\s*\n|\n(?=Paper: )", doc)]
     return "\n".join(lines)
+
+
+def trained_with(settings: Mapping[str, Any]) -> str:
+    """Optimizer, learning rate, schedule and clip on one line; empty where none of them is used."""
+    if not settings.get("optimizer"):
+        return ""
+    clip = f" clip {settings['clip']:g}" if settings.get("clip") else ""
+    return f"{settings['optimizer']} {settings['lr']:g} {settings['schedule']}{clip}"

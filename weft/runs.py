@@ -213,7 +213,7 @@ class _Run:
             tape=None if recipe.tape is None else read_tape(recipe.tape),
             group=self.group,
             before=before,
-            **({} if rule.updates == "self" else recipe.settings(phase)),
+            **({"clip": phase.clip} if rule.updates == "self" else recipe.settings(phase)),
         )
 
     def _train(self, number: int, trainer: Trainer) -> None:

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from weft.cards import trained_with
 from weft.cli.output import FAILED, WIDE, AsJson, Live, number, print_json, quiet_stdout, stderr, stdout, table
 from weft.cli.shared import At, Batch, DataDir, DataName, ModelName, Seed, Threads, names, size
 
@@ -183,7 +184,7 @@ def _cells(runs: list[dict[str, Any]], key: str) -> dict[str, str]:
         "peak": size(first["peak_bytes"]),
         "cosine": _cosine(runs),
         "own": _count(first["extra_parameters"]),
-        "trained with": _settings(first),
+        "trained with": trained_with(first["defaults"]) or "itself",
     }
 
 
@@ -203,11 +204,3 @@ def _cosine(runs: list[dict[str, Any]]) -> str:
         return "-"
     first, last = (sum(f[key] for f in found) / len(found) for key in ("first", "last"))
     return f"{first:.2f} {last:.2f}"
-
-
-def _settings(run: dict[str, Any]) -> str:
-    chosen = run["defaults"]
-    if chosen.get("optimizer") is None:
-        return "itself"
-    clip = f" clip {chosen['clip']:g}" if chosen.get("clip") else ""
-    return f"{chosen['optimizer']} {chosen['lr']:g} {chosen['schedule']}{clip}"

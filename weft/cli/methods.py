@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
 
+from weft.cards import trained_with
 from weft.cli.output import WIDE, AsJson, Family, family_name, print_json, stdout, table
 from weft.errors import UsageError
 
@@ -51,7 +52,13 @@ def _catalogue(found: list[Card]) -> None:
     made.columns[-1 if wide else 0].min_width = 36
     for one in found:
         rows = ", ".join(str(row) for row in one.papers) or "-"
-        cells: list[str | Text] = [one.name, one.contract, rows, str(len(one.claims)), _defaults(one.defaults)]
+        cells: list[str | Text] = [
+            one.name,
+            one.contract,
+            rows,
+            str(len(one.claims)),
+            trained_with(one.defaults) or "-",
+        ]
         if wide:
             cells.append(one.summary)
         else:
@@ -60,10 +67,6 @@ def _catalogue(found: list[Card]) -> None:
     console.print(made)
     families = len({c.family for c in found})
     console.print(f"\n{len(found)} methods, families: {families}; weft methods NAME shows one")
-
-
-def _defaults(defaults: dict[str, Any]) -> str:
-    return " ".join(str(value) for value in defaults.values()) or "-"
 
 
 def _card(one: Card, console: Console) -> None:

@@ -6,8 +6,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+from weft.cards import trained_with
 from weft.report.parts import Table, count, many, number, percent, seeds, several, size, spread
-from weft.report.reading import Run, Settings, Source
+from weft.report.reading import Run, Source
 from weft.report.series import BASELINE, Chapter, Series, Spread
 
 NEAR = 0.05  # accuracies and times that count as being about the same
@@ -174,7 +175,7 @@ def choices(chapter: Chapter) -> tuple[list[str], Table | None]:
     rows = []
     for one in chapter.series:
         first = one.runs[0]
-        trained = [_settings(phase) for phase in first.phases]
+        trained = [trained_with(vars(phase)) or "changes weights itself" for phase in first.phases]
         at = "none" if first.at is None else ", ".join(name or "(itself)" for name in first.at)
         weights = {"own": "own", "shared": "shared"}.get(first.initial_weights or "", "by seed")
         rows.append([one.label, " → ".join(trained), _origin(one.source), at, weights, seeds(one)])
@@ -191,12 +192,6 @@ def choices(chapter: Chapter) -> tuple[list[str], Table | None]:
         said.append(f"{several(own)} {'trains a model of its' if len(own) == 1 else 'train models of their'} own.")
     columns = ["rule", "trained with", "chosen by", "cut behind", "initial weights", "seeds", "model's parameters"]
     return said, Table("What each rule was trained with", columns, rows, [6]) if rows else None
-
-
-def _settings(phase: Settings) -> str:
-    if phase.optimizer is None or phase.lr is None:
-        return "changes weights itself"
-    return f"{phase.optimizer} {phase.lr:g} {phase.schedule}" + (f" clip {phase.clip:g}" if phase.clip else "")
 
 
 def _origin(source: Source) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def gathered(module: nn.Module) -> list[nn.Parameter]:
-    """``list(module.parameters())`` in a third of the time: a step asks for it, and makes no names for it."""
+    """``list(module.parameters())`` in less than half of the time, since no names are made: a step asks for it."""
     found: dict[int, nn.Parameter] = {}
     seen: set[int] = set()
 
