@@ -388,7 +388,7 @@ def test_numba_is_loaded_at_the_first_use_and_the_environment_stays():
 
 
 def test_machine_code_is_kept_on_disk(tmp_path):
-    code = f"{USE}; from weft.kernels.cpu import packing; s = packing.pack._compiled.stats\n" + (
+    code = f"{USE}; from weft.kernels.cpu import packing; s = packing.pack.dispatcher.stats\n" + (
         "print(sum(s.cache_hits.values()), sum(s.cache_misses.values()))"
     )
     assert run(code, NUMBA_CACHE_DIR=str(tmp_path)).stdout.split() == ["0", "1"]
@@ -401,7 +401,7 @@ def test_a_folder_that_cannot_be_written_is_no_obstacle():
         "import os, tempfile\n"
         "def refuse(*args, **kwargs): raise PermissionError('read-only')\n"
         f"import numba, torch\ntempfile.TemporaryFile = refuse\n{USE}\n"
-        "from weft.kernels.cpu import packing\nassert packing.pack._compiled.stats.cache_path is None"
+        "from weft.kernels.cpu import packing\nassert packing.pack.dispatcher.stats.cache_path is None"
     )
     run(code)
 

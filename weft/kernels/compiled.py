@@ -104,6 +104,7 @@ class Kernel:
 
     def __init__(self, loop: Callable[..., None], signature: str, fastmath: frozenset[str] = frozenset()) -> None:
         self.loop, self.signature, self.fastmath = loop, signature, fastmath
+        self.dispatcher: Any = None  # Numba's
         self._compiled: Callable[..., None] | None = None
 
     def __call__(self, *args: Any) -> None:
@@ -129,7 +130,9 @@ class Kernel:
                 finally:
                     notice.cancel()
                 found.disable_compile()
-                self._compiled = found
+                self.dispatcher, (code,) = found, found.overloads.values()
+                # Numba's own call looks at the types of all arguments first: half of what a call costs.
+                self._compiled = code.entry_point
             return self._compiled
 
     @contextlib.contextmanager
@@ -170,7 +173,10 @@ def share(run: Callable[[int, int], None], size: int, unit: int) -> None:
         size: elements in all.
         unit: parts start at its multiples.
     """
-    parts = max(1, min(torch.get_num_threads(), size // GRAIN))
+    parts = min(torch.get_num_threads(), size // GRAIN)
+    if parts <= 1:
+        run(0, size)
+        return
     step = max(1, -(-size // (parts * unit))) * unit
     failed: list[BaseException] = []
 

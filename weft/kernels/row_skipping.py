@@ -227,15 +227,22 @@ def _skip_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, threshold: Tensor 
     from weft.kernels.cpu import row_skipping as loops
 
     (tokens, inputs), width = x.shape, weight.shape[1]
-    out = torch.zeros(tokens, width) if bias is None else bias.detach().float().repeat(tokens, 1)
-    if out.numel() and inputs:
-        arrays = (loops.floats(x), loops.floats(threshold), *loops.weight_of(weight), out.numpy())
-        block = inputs if tokens == 1 else max(8, loops.CACHED // (width * weight.element_size()) // 8 * 8)
+    given, whole, *others = _in_memory(x, weight, bias, threshold)
+    out = torch.empty(tokens, width)
+    if tokens and width:
+        block = inputs if tokens == 1 else _block(loops.CACHED, width, weight)
+        limits = 0 if threshold is None else len(threshold)
+        bias_at, threshold_at = (0 if t is None else t.data_ptr() for t in others)
+        given_at, weight_at, out_at, half = given.data_ptr(), whole.data_ptr(), out.data_ptr(), x.dtype != torch.float32
 
         def run(start: int, stop: int) -> None:
-            loops.skip_rows(*arrays, *loops.scratch(inputs), start // inputs, stop // inputs, block)
+            loops.skip_rows(
+                given_at, threshold_at, limits, weight_at, half, bias_at, out_at, tokens, inputs, width, start // unit,
+                stop // unit, block,
+            )  # fmt: skip
 
-        share(run, inputs * width, inputs * LANES)
+        unit = max(1, inputs)
+        share(run, unit * width, unit * LANES)
     return out if x.dtype == torch.float32 else out.to(x.dtype)
 
 
@@ -245,20 +252,36 @@ def _want_cpu(x: Tensor, gate: Tensor, weight: Tensor, bias: Tensor | None, thre
     from weft.kernels.cpu import row_skipping as loops
 
     (outputs, width), tokens = weight.shape, len(x)
-    out = torch.zeros(tokens, outputs)
-    if out.numel():
-        arrays = (
-            loops.floats(x), loops.floats(gate), loops.floats(threshold), *loops.weight_of(weight), loops.floats(bias),
-            out.numpy(),
-        )  # fmt: skip
-        width = max(1, width)
-        block = outputs if tokens == 1 else max(8, loops.CACHED // (width * weight.element_size()) // 8 * 8)
+    given, whole, *others = _in_memory(x, weight, gate, bias, threshold)
+    out = torch.empty(tokens, outputs)
+    if tokens and outputs:
+        block = outputs if tokens == 1 else _block(loops.CACHED, width, weight)
+        limits = 0 if threshold is None else len(threshold)
+        gate_at, bias_at, threshold_at = (0 if t is None else t.data_ptr() for t in others)
+        given_at, weight_at, out_at, half = given.data_ptr(), whole.data_ptr(), out.data_ptr(), x.dtype != torch.float32
 
         def run(start: int, stop: int) -> None:
-            loops.wanted_rows(*arrays, *loops.scratch(outputs), start // width, stop // width, block)
+            loops.wanted_rows(
+                given_at, gate_at, threshold_at, limits, weight_at, half, bias_at, out_at, tokens, outputs, width,
+                start // unit, stop // unit, block,
+            )  # fmt: skip
 
-        share(run, outputs * width, width)
+        unit = max(1, width)
+        share(run, outputs * unit, unit)
     return out if x.dtype == torch.float32 else out.to(x.dtype)
+
+
+def _in_memory(x: Tensor, weight: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+    """As the loops read them: the weight as it is, everything else in float32, all without gaps."""
+    return (
+        x.float().contiguous(),
+        weight.contiguous(),
+        *(t if t is None else t.float().contiguous() for t in others),
+    )
+
+
+def _block(cached: int, width: int, weight: Tensor) -> int:
+    return max(8, cached // (max(1, width) * weight.element_size()) // 8 * 8)
 
 
 def _on_cuda(*args: Any) -> Tensor:

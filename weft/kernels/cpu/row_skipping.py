@@ -1,8 +1,9 @@
 """Products with few rows of a weight, on CPUs: the rows of inputs that are not zero, and the rows that are asked for.
 
-A weight of float32 or of bfloat16 is given as two arrays, of which one is empty; sums are in float32. Indices are
-unsigned, or slices: Numba looks at signed ones for negative values, which keeps loops from vector code. The order of
-sums depends on the values alone, not on the part of the work that a thread has.
+What the loops read and write is given as addresses, for a call with arrays costs as much as reading many rows; 0: there
+is none. Sums are in float32. Indices are unsigned, or slices: Numba looks at signed ones for negative values, which
+keeps loops from vector code. The order of sums depends on the values alone, not on the part of the work that a thread
+has.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from typing import Any
 
 import numba
 import numpy as np
-import torch
-from torch import Tensor
+from numba.core import types
+from numba.core.types.misc import CPointer
+from numba.extending import intrinsic
 
 from weft.kernels.compiled import kernel
 from weft.kernels.cpu.vectors import as_float, wide
@@ -20,8 +22,21 @@ from weft.kernels.cpu.vectors import as_float, wide
 u16, u32, u64, i32, f32 = np.uint16, np.uint32, np.uint64, np.int32, np.float32
 
 CACHED = 1 << 18  # bytes of a weight that are used for all tokens before the next ones are read
-NONE, HALF = np.empty(0, f32), np.empty(0, u16)
 ZERO, ONE, TWO, THREE, FOUR, FIVE, SIX, SEVEN, EIGHT = (u64(n) for n in range(9))
+
+
+def _pointer(kind: Any) -> Any:
+    @intrinsic
+    def pointer(typing: Any, at: Any) -> Any:
+        def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+        return CPointer(kind)(types.uint64), code
+
+    return pointer
+
+
+floats, halves = _pointer(types.float32), _pointer(types.uint16)  # to what an address names
 
 
 @numba.njit(error_model="numpy")
@@ -101,24 +116,33 @@ def add_half_rows(weight: Any, out: Any, index: Any, values: Any, count: Any, wi
 
 
 @kernel(
-    "void(float32[:, ::1], float32[::1], float32[::1], uint16[::1], float32[:, ::1], uint64[::1], float32[::1],"
-    "uint64, uint64, uint64)",
+    "void(uint64, uint64, uint64, uint64, boolean, uint64, uint64, uint64, uint64, uint64, uint64, uint64, uint64)",
     fastmath={"contract"},
 )
 def skip_rows(
-    x: Any, thresholds: Any, full: Any, half: Any, out: Any, index: Any, values: Any, start: Any, stop: Any, block: Any
-) -> None:
-    """Adds ``x @ weight`` to columns ``start .. stop`` of ``out``; ``block`` rows are used for all tokens in turn."""
+    x: Any, thresholds: Any, limits: Any, weight: Any, half: Any, bias: Any, out: Any, tokens: Any, inputs: Any,
+    width: Any, start: Any, stop: Any, block: Any,
+) -> None:  # fmt: skip
+    """Columns ``start .. stop`` of ``x @ weight + bias``; ``block`` rows are used for all tokens in turn.
+
+    There are ``limits`` thresholds: 0, 1 or one for each input.
+    """
     wide()
-    tokens, inputs, width = u64(x.shape[0]), u64(x.shape[1]), u64(out.shape[1])
+    given, into = numba.carray(floats(x), (tokens, inputs)), numba.carray(floats(out), (tokens, width))
+    least, added = numba.carray(floats(thresholds), limits), numba.carray(floats(bias), width)
+    full, halved = numba.carray(floats(weight), inputs * width), numba.carray(halves(weight), inputs * width)
+    index, values = np.empty(inputs, u64), np.empty(inputs, f32)
+    for t in range(tokens):
+        for n in range(start, stop):
+            into[t, n] = added[n] if bias else f32(0)
     for begin in range(u64(0), inputs, block):
         end = min(begin + block, inputs)
         for t in range(tokens):
-            count = chosen(x[t], begin, end, thresholds, index, values)
-            if full.size:
-                add_rows(full, out[t, start:stop], index, values, count, width, start)
+            count = chosen(given[t], begin, end, least, index, values)
+            if half:
+                add_half_rows(halved, into[t, start:stop], index, values, count, width, start)
             else:
-                add_half_rows(half, out[t, start:stop], index, values, count, width, start)
+                add_rows(full, into[t, start:stop], index, values, count, width, start)
 
 
 @numba.njit(error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
@@ -160,47 +184,36 @@ def half_dots(weight: Any, x: Any, index: Any, at: Any, found: Any) -> None:
 
 
 @kernel(
-    "void(float32[:, ::1], float32[:, ::1], float32[::1], float32[::1], uint16[::1], float32[::1], float32[:, ::1],"
-    "uint64[::1], float32[::1], uint64, uint64, uint64)",
+    "void(uint64, uint64, uint64, uint64, uint64, boolean, uint64, uint64, uint64, uint64, uint64, uint64, uint64,"
+    "uint64)",
     fastmath={"contract", "reassoc", "nsz"},
 )
 def wanted_rows(
-    x: Any, gate: Any, thresholds: Any, full: Any, half: Any, bias: Any, out: Any, index: Any, values: Any,
-    start: Any, stop: Any, block: Any,
+    x: Any, gate: Any, thresholds: Any, limits: Any, weight: Any, half: Any, bias: Any, out: Any, tokens: Any,
+    outputs: Any, width: Any, start: Any, stop: Any, block: Any,
 ) -> None:  # fmt: skip
-    """Columns ``start .. stop`` of ``gate * (x @ weight.T + bias)`` where the gate reaches its threshold, of zeros."""
+    """Columns ``start .. stop`` of ``gate * (x @ weight.T + bias)`` where the gate reaches its threshold, else 0."""
     wide()
-    found = np.empty(4, f32)
+    given, gates = numba.carray(floats(x), (tokens, width)), numba.carray(floats(gate), (tokens, outputs))
+    into, least = numba.carray(floats(out), (tokens, outputs)), numba.carray(floats(thresholds), limits)
+    full, halved = numba.carray(floats(weight), outputs * width), numba.carray(halves(weight), outputs * width)
+    added = numba.carray(floats(bias), outputs)
+    index, values, found = np.empty(outputs + FOUR, u64), np.empty(outputs + FOUR, f32), np.empty(4, f32)
+    for t in range(tokens):
+        for n in range(start, stop):
+            into[t, n] = f32(0)
     for begin in range(start, stop, block):
         end = min(begin + block, stop)
-        for t in range(u64(x.shape[0])):
-            count = chosen(gate[t], begin, end, thresholds, index, values)
+        for t in range(tokens):
+            count = chosen(gates[t], begin, end, least, index, values)
             if count:
                 for k in range(count, count + FOUR):
                     index[k] = index[count - ONE]  # sums of four rows always
             for g in range(u64(0), count, FOUR):
-                if full.size:
-                    dots(full, x[t], index, g, found)
+                if half:
+                    half_dots(halved, given[t], index, g, found)
                 else:
-                    half_dots(half, x[t], index, g, found)
+                    dots(full, given[t], index, g, found)
                 for k in range(min(FOUR, count - g)):
                     j = index[g + k]
-                    out[t, j] = values[g + k] * (found[k] + bias[j] if bias.size else found[k])
-
-
-def weight_of(tensor: Tensor) -> tuple[Any, Any]:
-    """A weight's memory as float32 and as uint16, of which one is empty."""
-    flat = tensor.detach().contiguous().view(-1)
-    if flat.dtype == torch.float32:
-        return flat.numpy(), HALF
-    return NONE, flat.view(torch.uint16).numpy()
-
-
-def floats(tensor: Tensor | None) -> Any:
-    """A tensor as an array of float32; without one, an empty array."""
-    return NONE if tensor is None else tensor.detach().float().contiguous().numpy()
-
-
-def scratch(size: int) -> tuple[Any, Any]:
-    """Room for the indices and values of a token; each thread needs its own."""
-    return np.empty(size + 4, u64), np.empty(size + 4, f32)
+                    into[t, j] = values[g + k] * (found[k] + added[j] if bias else found[k])
