@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import statistics
@@ -19,6 +20,7 @@ from weft.ops.tree import leaf_outputs
 
 Say = Callable[[str], object]
 FEATURES = 768
+SHORTEST = 0.02  # seconds of a measurement: a dense layer empties all caches, which fill again in the first calls
 CASES = [  # depth, leaf width, batch
     *((7, 32, 1), (11, 8, 1), (11, 8, 64), (7, 32, 64), (5, 32, 1), (5, 32, 64)),
     *((3, 8, 1), (3, 8, 64), (3, 32, 1), (3, 32, 64), (1, 32, 64)),  # where little is skipped
@@ -29,7 +31,8 @@ def run(say: Say) -> list[dict[str, Any]]:
     """Input and output 768, GELU, one thread; inputs rotate through 1,024 rows, so that a row's leaf is cold.
 
     Each row: times of a call in seconds, and ratios to the dense layers in float32 and bfloat16, and to the same tree
-    in plain torch.
+    in plain torch; of one row at a time also those of ``frozen()``, whose function is called without a module and, in
+    ``frozen_out``, writes into a tensor that is there.
     """
     found = []
     for depth, leaf, batch in CASES:
@@ -44,17 +47,36 @@ def run(say: Say) -> list[dict[str, Any]]:
         for name, one in by.items():
             row |= {f"{name}_seconds": one["plain_seconds"], f"{name}_ratio": one["ratio"]}
             row |= {f"{name}_low": one["low"], f"{name}_high": one["high"]}
+        told = ""
+        if batch == 1:
+            with torch.inference_mode():
+                row |= _frozen(dense.float(), tree, rows)
+            told = f"; frozen {row['frozen_ratio']:6.1f}, into a given tensor {row['frozen_out_ratio']:6.1f}"
         found.append(row)
         say(
             f"depth {depth:2} x {leaf:2} ({width}), batch {batch:2}: {row['seconds'] * 1e6:7.1f} us, faster than dense "
             f"{row['fp32_ratio']:6.1f} (bf16 {row['bf16_ratio']:6.1f}), than plain torch {row['torch_ratio']:6.1f}"
+            f"{told}"
         )
     return found
 
 
-def _timed(plain: Any, tree: nn.Module, rows: list[Tensor], dtype: torch.dtype = torch.float32) -> dict[str, float]:
-    others = [x.to(dtype) for x in rows]
-    return ratio(lambda i: plain(others[i % len(others)]), lambda i: tree(rows[i % len(rows)]), rounds=9)
+def _frozen(dense: nn.Module, tree: FastFeedForward, rows: list[Tensor]) -> dict[str, float]:
+    run, out, found = copy.deepcopy(tree).frozen(), torch.empty_like(rows[0]), {}
+    ways: dict[str, Callable[[Tensor], Tensor]] = {"frozen": run, "frozen_out": lambda x: run(x, out=out)}
+    for name, way in ways.items():
+        one = _timed(dense, way, rows)
+        found |= {f"{name}_seconds": one["seconds"], f"{name}_ratio": one["ratio"]}
+        found |= {f"{name}_low": one["low"], f"{name}_high": one["high"]}
+    return found
+
+
+def _timed(
+    plain: Callable[[Tensor], Tensor], mine: Callable[[Tensor], Tensor], rows: list[Tensor],
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, float]:  # fmt: skip
+    others, n = [x.to(dtype) for x in rows], len(rows)
+    return ratio(lambda i: plain(others[i % n]), lambda i: mine(rows[i % n]), rounds=9, shortest=SHORTEST)
 
 
 def _plainly(tree: FastFeedForward) -> Callable[[Tensor], Tensor]:

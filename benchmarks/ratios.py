@@ -10,12 +10,16 @@ from typing import Any
 SHORTEST = 2e-3  # seconds of one measurement; shorter calls are repeated
 
 
-def ratio(plain: Callable[[int], Any], mine: Callable[[int], Any], *, rounds: int = 15) -> dict[str, float]:
+def ratio(
+    plain: Callable[[int], Any], mine: Callable[[int], Any], *, rounds: int = 15, shortest: float = SHORTEST
+) -> dict[str, float]:
     """The median of plain's CPU time over mine's, pair by pair.
 
     Args:
         plain, mine: called with a running number; take another input by it, so that none stays in a cache.
         rounds: pairs, in alternating order, after one unmeasured pair.
+        shortest: seconds that a measurement takes at least. What the other way leaves in the caches weighs less in a
+            longer one.
 
     Returns:
         ``ratio`` (above 1: mine is faster), its quartiles ``low`` and ``high``, and ``plain_seconds`` and
@@ -25,7 +29,7 @@ def ratio(plain: Callable[[int], Any], mine: Callable[[int], Any], *, rounds: in
     for of in (plain, mine):
         of(0)
         once = _spent(of, 0, 1)
-        calls[of] = max(1, round(SHORTEST / max(once, 1e-7)))
+        calls[of] = max(1, round(shortest / max(once, 1e-7)))
     pairs: list[tuple[float, float]] = []
     for k in range(rounds):
         order = (plain, mine) if k % 2 else (mine, plain)

@@ -207,3 +207,16 @@ def test_a_converted_network_learns_digits(kind):
     with torch.inference_mode():
         right = net.eval()(data.x_validation).argmax(1) == data.y_validation
     assert right.float().mean() > 0.9
+
+
+def test_a_frozen_layer():
+    layer, x = FastFeedForward(20, 6, depth=3, leaf_width=4), torch.randn(7, 20)
+    frozen = layer.frozen()
+    with torch.no_grad():
+        assert torch.equal(frozen(x), layer.eval()(x))
+        layer.up_weight.neg_()
+        assert torch.equal(frozen(x), layer(x))
+    with pytest.raises(Unsupported, match="activation"):
+        FastFeedForward(20, 6, activation=nn.Tanh()).frozen()
+    with pytest.raises(Unsupported, match="master leaf"):
+        MasterLeafFeedForward(20, 6).frozen()

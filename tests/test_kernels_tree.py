@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weft import measure
-from weft.errors import UsageError
+from weft.errors import Unsupported, UsageError
 from weft.kernels import compiled, tree
-from weft.kernels.tree import ACTIVATIONS, direct_tree, tree_feed_forward, tree_feed_forward_reference
+from weft.kernels.direct_tree import direct_tree, frozen_tree
+from weft.kernels.tree import ACTIVATIONS, tree_feed_forward, tree_feed_forward_reference
 
 NAMES = ["nodes", "node_bias", "up", "up_bias", "down", "down_bias"]
 
@@ -192,3 +193,50 @@ def test_the_first_use_is_quick():
     )
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert float(ran.stdout) < 5
+
+
+@pytest.mark.parametrize(("outputs", "bias"), [(10, True), (6, False)])
+def test_a_frozen_tree(outputs, bias):
+    x, parts = case(3, 5, 10, outputs, 24, bias=bias)
+    run, wanted = frozen_tree(parts, "relu"), tree_feed_forward(x, *parts, "relu")
+    assert torch.equal(run(x), wanted) and torch.equal(run(x[3]), wanted[3]) and run(x[:0]).shape == (0, outputs)
+    assert torch.equal(run(x.view(2, 3, 4, 10)), wanted.view(2, 3, 4, outputs))
+    for other in (torch.stack([x, x], -1)[..., 0], x.expand(1, -1, -1)):
+        assert torch.equal(run(other).view_as(wanted), wanted)
+    for out in (torch.empty(24, outputs), torch.empty(24, 2 * outputs)[:, ::2], torch.empty(outputs, 24).t()):
+        assert run(x, out=out) is out and torch.equal(out, wanted)
+    parts[4].mul_(2)  # weights are where they were
+    assert torch.equal(run(x), tree_feed_forward(x, *parts, "relu"))
+    assert measure.operations(lambda: run(x))["total"] == 24 * 2 * (3 * 10 + 5 * (10 + outputs))
+
+
+def test_a_frozen_tree_refuses():
+    x, parts = case(2, 3, 5, 4, 6)
+    run = frozen_tree(parts, "gelu")
+    for other, out in ((x.clone().requires_grad_(), None), (x, torch.empty(6, 4, requires_grad=True))):
+        with pytest.raises(UsageError, match="no derivative"):
+            run(other, out)
+        with torch.no_grad():
+            assert torch.equal(run(other, out), tree_feed_forward(x, *parts))
+    for out in (torch.empty(6, 5), torch.empty(5, 4), torch.empty(24), torch.empty(6, 4, dtype=torch.float64)):
+        with pytest.raises(UsageError, match=r"give \[6, 4\] torch.float32"):
+            run(x, out)
+    for other in (x.double(), x[:, :4], torch.zeros(0), torch.zeros(())):
+        with pytest.raises(UsageError, match="give"):
+            run(other)
+    with pytest.raises(Unsupported, match="gelu"):
+        frozen_tree(parts, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_frozen_tree_of_another_dtype_is_plain_torch(dtype):
+    x, parts = case(3, 4, 10, 6, 20, dtype=dtype)
+    assert torch.equal(frozen_tree(parts, "relu")(x), tree_feed_forward(x, *parts, "relu"))
+
+
+def test_weights_of_a_frozen_tree_move_to_huge_pages_unchanged():
+    x, parts = case(6, 64, 512, 512, 30)  # 8 MiB up and down
+    wanted = [p.clone() for p in parts]
+    run = frozen_tree(parts, "gelu")
+    assert all(torch.equal(p, q) for p, q in zip(parts, wanted, strict=True))
+    assert torch.equal(run(x), tree_feed_forward(x, *wanted))

@@ -32,8 +32,10 @@ from weft._keeping import plain_math
 from weft.claim import Check, claim
 from weft.convert import Convertible
 from weft.errors import Unsupported, UsageError
+from weft.ffn.mixture import uniform
 from weft.kernels.compiled import check_whole
-from weft.kernels.tree import direct_tree, leaves_of, tree_feed_forward
+from weft.kernels.direct_tree import direct_tree, frozen_tree
+from weft.kernels.tree import leaves_of, tree_feed_forward
 from weft.method import method
 from weft.ops.auxiliary import add_loss
 from weft.ops.feed_forward import two_layers
@@ -67,8 +69,7 @@ class FastFeedForward(Convertible):
         device, dtype: of the weights.
 
     Raises:
-        UsageError: for sizes that do not fit.
-        Unsupported: for other activations.
+        UsageError, Unsupported: for sizes that do not fit, for other activations.
     """
 
     converts = (nn.Sequential,)
@@ -110,10 +111,9 @@ class FastFeedForward(Convertible):
         shapes: list[tuple[int, ...]] = [(leaves - 1, in_features), (leaves - 1,), (leaves, leaf_width, in_features)]
         shapes += [(leaves, leaf_width), (leaves, leaf_width, out_features), (leaves, out_features)]
         for name, shape in zip(NAMES, shapes, strict=True):
-            bound = (leaf_width if name.startswith("down") else in_features) ** -0.5
-            start = ((2 * torch.rand(shape, generator=draw) - 1) * bound).to(device, dtype or torch.get_default_dtype())
-            skip = not bias and name in ("up_bias", "down_bias")
-            self.register_parameter(name, None if skip else nn.Parameter(start))
+            start = uniform(shape, leaf_width if name.startswith("down") else in_features, draw)
+            start = nn.Parameter(start.to(device, dtype or torch.get_default_dtype()))
+            self.register_parameter(name, None if not bias and name in ("up_bias", "down_bias") else start)
         self.activation, self._kind = activation, kernel_activation(activation)
         self._find()
 
@@ -130,17 +130,15 @@ class FastFeedForward(Convertible):
             options: as for the class; sizes, activation and dtype are the layer's.
         """
         check_whole("depth", depth, 1, 24)
-        first, act, second = two_layers(layer)
-        leaves = 1 << depth
+        (first, act, second), leaves = two_layers(layer), 1 << depth
         width, rest = divmod(first.out_features, leaves)
         if rest or not width:
             raise UsageError(f"depth={depth}: {first.out_features} hidden units are not cut into {leaves} leaves")
-        given: dict[str, Any] = {**options, "depth": depth, "leaf_width": width, "activation": act}
-        made = cls(first.in_features, second.out_features, **given).to(first.weight)
-        bias = None if second.bias is None else second.bias.expand(leaves, -1)
-        shape, down = (leaves, width), leaves * second.weight.mT
-        cut = [t if t is None else t.unflatten(0, shape) for t in (first.weight, first.bias, down)]
-        for name, start in zip(NAMES[2:], (*cut, bias), strict=True):
+        options |= {"depth": depth, "leaf_width": width, "activation": act}
+        made = cls(first.in_features, second.out_features, **options).to(first.weight)
+        shape, last = (leaves, width), None if second.bias is None else second.bias.expand(leaves, -1)
+        cut = [t if t is None else t.unflatten(0, shape) for t in (first.weight, first.bias, leaves * second.weight.mT)]
+        for name, start in zip(NAMES[2:], (*cut, last), strict=True):
             kept = None if start is None else start.detach().clone(memory_format=torch.contiguous_format)
             made.register_parameter(name, None if kept is None else nn.Parameter(kept))
         return made
@@ -179,8 +177,11 @@ class FastFeedForward(Convertible):
                 out = leaf_outputs(rows, leaf, *leaves, self.activation)
             else:
                 out = tree_feed_forward(rows, nodes, node_bias, *leaves, self._kind)
-        out = out.to(torch.get_autocast_dtype(kind)) if lower else out
-        return out.view(*x.shape[:-1], self.out_features)
+        return (out.to(torch.get_autocast_dtype(kind)) if lower else out).view(*x.shape[:-1], self.out_features)
+
+    def frozen(self) -> Callable[..., Tensor]:
+        """Hard inference as a function of the weights where they are now, see `frozen_tree`."""
+        return frozen_tree([getattr(self, name) for name in NAMES], self._kind)
 
     def all_leaves(self, x: Tensor) -> Tensor:
         """Training, ``[N, D] -> [N, O]``, through which the losses of the decisions join the backward pass."""
@@ -189,8 +190,7 @@ class FastFeedForward(Convertible):
         m, taken = mixture(z.sigmoid()), mixture((z >= 0).to(z.dtype))
         if len(x) and (self.hardening or self.balance):
             m = add_loss(m, self.hardening * entropy(z).mean() + self.balance * imbalance(m, taken))
-        if self.straight_through:
-            m = taken + (m - m.detach())
+        m = taken + (m - m.detach()) if self.straight_through else m
         return mixed_leaves(x, m, self.up_weight, self.up_bias, self.down_weight, self.down_bias, self.activation)
 
 

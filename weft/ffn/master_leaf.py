@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
@@ -25,7 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from weft.claim import Check, claim
+from weft.errors import Unsupported
 from weft.ffn.fast_feed_forward import FastFeedForward
+from weft.ffn.mixture import uniform
 from weft.kernels.compiled import check_whole
 from weft.method import method
 from weft.testing.example import Example
@@ -83,7 +86,7 @@ class MasterLeafFeedForward(FastFeedForward):
         )
         for linear in (up, down):
             for name, p in list(linear.named_parameters()):
-                start = (2 * torch.rand(p.shape, generator=draw) - 1) * linear.in_features**-0.5
+                start = uniform(tuple(p.shape), linear.in_features, draw)
                 linear.register_parameter(name, nn.Parameter(start.to(like)))
         self.master: Any = nn.Sequential(up, copy.deepcopy(self.activation), down)
         self.kappa = nn.Parameter(torch.full_like(self.node_bias[0], 0.5).detach())
@@ -104,6 +107,10 @@ class MasterLeafFeedForward(FastFeedForward):
         """``[..., D] -> [..., O]``: the tree, as in `FastFeedForward`, and the master leaf."""
         k = self.kappa.sigmoid()
         return k * super().forward(x) + (1 - k) * self.master(x)
+
+    def frozen(self) -> Callable[..., Tensor]:
+        """Raises Unsupported."""
+        raise Unsupported("the master leaf is computed by torch's own layers", "the layer as it is, in eval mode")
 
 
 def example() -> Example:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from weft.errors import UsageError
-from weft.kernels import compiled
 from weft.kernels.compiled import FLOATS, GRAIN, check_tensor, operations_of, operator, share
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -115,7 +114,14 @@ def _fake(
     return x.new_empty(x.shape[0], down.shape[2])
 
 
-def _plan(parts: Sequence[Tensor | None], activation: str) -> Any:
+def native(parts: Sequence[Tensor | None]) -> bool:
+    """Whether the loop for CPUs reads these as they are."""
+    return sys.byteorder == "little" and all(
+        p is None or (p.device.type == "cpu" and p.dtype == torch.float32 and p.is_contiguous()) for p in parts
+    )
+
+
+def plan_of(parts: Sequence[Tensor | None], activation: str) -> Any:
     """What the loop for CPUs needs to know of nodes and leaves; for as long as the memory of ``parts`` stays."""
     import numpy as np
 
@@ -127,76 +133,9 @@ def _plan(parts: Sequence[Tensor | None], activation: str) -> Any:
     return np.array(numbers, np.uint64)
 
 
-def _native(parts: Sequence[Tensor | None]) -> bool:
-    """Whether the loop for CPUs reads these as they are."""
-    return sys.byteorder == "little" and all(
-        p is None or (p.device.type == "cpu" and p.dtype == torch.float32 and p.is_contiguous()) for p in parts
-    )
-
-
-def direct_tree(
-    parameters: Mapping[str, Tensor | None], names: Sequence[str], activation: str
-) -> Callable[[Tensor], Tensor | None]:
-    """`tree_feed_forward` of few rows on CPUs, without the dispatcher, which costs more than a row's whole tree.
-
-    Where a derivative, another dtype, a compiler or `weft.kernels.compiled.dispatched` is in play, or there is work for
-    several threads, it returns None, and the operator has to do it; other dispatch modes do not see the call. It
-    remembers where the weights are and looks whether they still are.
-
-    Args:
-        parameters: a module's; looked at in each call.
-        names: of nodes, node_bias, up, up_bias, down, down_bias among them.
-        activation: a key of `ACTIVATIONS`.
-    """
-    state: tuple[Any, ...] = ((), None, None, 0, 0, 0)  # replaced as a whole: several threads may call
-    values: Any = parameters.values()  # a missing bias is a TypeError
-    address = Tensor.data_ptr
-    compiling, derivatives, autocast = torch.compiler.is_compiling, torch.is_grad_enabled, torch.is_autocast_enabled
-    overridden, empty_like, single = torch.overrides.has_torch_function_unary, torch.empty_like, torch.float32
-
-    def look(addresses: tuple[int, ...]) -> tuple[Any, ...] | None:
-        nonlocal state
-        parts = [parameters.get(name) for name in names]
-        up, down = parts[2], parts[4]
-        if up is None or down is None or not _native(parts) or not up.shape[2]:
-            return None
-        from weft.kernels.cpu import tree as loops
-
-        most = 2 * GRAIN // _unit(up, down) - 1  # so that the operator, too, would use one thread
-        state = (addresses, loops.descend.compile(), _plan(parts, activation), up.shape[2], down.shape[2], most)
-        return state
-
-    def run(x: Tensor) -> Tensor | None:
-        if (
-            compiling()
-            or derivatives()
-            or type(x) is not Tensor
-            or x.dtype is not single
-            or not x.is_cpu
-            or not x.is_contiguous()
-            or autocast("cpu")
-            or overridden(x)
-            or compiled.counting
-        ):
-            return None
-        try:
-            source, addresses = address(x), tuple(map(address, values))
-        except (RuntimeError, TypeError):  # inside torch.func's transforms; without a bias
-            return None
-        found = state if addresses == state[0] else look(addresses)
-        if found is None:
-            return None
-        _, loop, plan, features, outputs, most = found
-        shape = x.shape
-        if not shape or shape[-1] != features or (rows := x.numel() // features) > most:
-            return None
-        out = empty_like(x) if outputs == features else x.new_empty((*shape[:-1], outputs))
-        if type(out) is not Tensor:  # a mode has put a stand-in there
-            return None
-        loop(plan, source, address(out), 0, rows)
-        return out
-
-    return run
+def most_rows(up: Tensor, down: Tensor) -> int:
+    """Rows that the operator, too, would compute on one thread."""
+    return 2 * GRAIN // _unit(up, down) - 1
 
 
 def _unit(up: Tensor, down: Tensor) -> int:
@@ -208,12 +147,12 @@ def _cpu(
     x: Tensor, nodes: Tensor, node_bias: Tensor, up: Tensor, up_bias: Any, down: Tensor, down_bias: Any, activation: str
 ) -> Tensor:
     parts = (nodes, node_bias, up, up_bias, down, down_bias)
-    if not _native((x, *parts)):
+    if not native((x, *parts)):
         return tree_feed_forward_reference(x, *parts, activation)
     from weft.kernels.cpu import tree as loops
 
     out = x.new_empty(x.shape[0], down.shape[2])
-    plan, source, target = _plan(parts, activation), x.data_ptr(), out.data_ptr()
+    plan, source, target = plan_of(parts, activation), x.data_ptr(), out.data_ptr()
     unit = _unit(up, down)
     share(lambda start, stop: loops.descend(plan, source, target, start // unit, stop // unit), len(x) * unit, unit)
     return out

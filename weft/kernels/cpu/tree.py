@@ -1,8 +1,8 @@
 """Trees of linear decisions on CPUs: each row descends to its leaf, a two-layer network that is computed for it alone.
 
 A row reads few weights, and these are cold: time goes by in waiting for memory. So eight rows of a weight are read at
-once, each a stream that the CPU fetches ahead; of what comes next, the first lines are asked for early; and rows with
-the same leaf share what is read.
+once, each a stream that the CPU fetches ahead; what comes next is asked for meanwhile; and rows with the same leaf
+share what is read.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ def write(builder: Any, at: Any, value: Any) -> Any:
 
 @operation(types.void, u64)
 def prefetch(builder: Any, at: Any) -> Any:
-    """Asks for the cache line of an address, which need not exist."""
+    """Asks for the cache line of an address, which need not exist, as far as into the second cache."""
     place, number = pointer(builder, at, ir.IntType(8)), ir.IntType(32)
     kind = ir.FunctionType(ir.VoidType(), [place.type, number, number, number])
     ask = builder.module.declare_intrinsic("llvm.prefetch", [place.type], kind)
-    builder.call(ask, [place, number(0), number(3), number(1)])
+    builder.call(ask, [place, number(0), number(2), number(1)])
 
 
 @numba.njit(error_model="numpy")
@@ -75,14 +75,22 @@ def following(a: Any, stride: Any) -> Any:
 
 @numba.njit(error_model="numpy")
 def ask(ahead: Any, step: Any, j: Any) -> None:
-    """Asks for one of the first six lines of eight vectors, ``step`` apart: the vectors by turns as ``j`` grows."""
-    if j < U(48):
-        prefetch(ahead + step * (j & U(7)) + LINE * (j >> U(3)))
+    """Asks for line ``j`` of eight vectors, ``step`` apart."""
+    a = ahead + LINE * j
+    a4 = a + U(4) * step
+    prefetch(a)
+    prefetch(a + step)
+    prefetch(a + U(2) * step)
+    prefetch(a4 - step)
+    prefetch(a4)
+    prefetch(a4 + step)
+    prefetch(a4 + U(2) * step)
+    prefetch(a4 + U(3) * step)
 
 
 @numba.njit(error_model="numpy")
 def dots(a: Any, x: Any, size: Any, out: Any, ahead: Any, step: Any) -> None:
-    """Products of eight vectors, ``size`` apart, with ``x``; the first lines of eight at ``ahead`` are asked for."""
+    """Products of eight vectors, ``size`` apart, with ``x``; as many lines of eight at ``ahead`` are asked for."""
     stride, last = FLOAT * size, size & ~U(15)
     a1, a2, a3, a4, a5, a6, a7 = following(a, stride)
     s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = splat(f32(0.0))
@@ -230,9 +238,11 @@ def descend(plan: Any, x: Any, out: Any, start: Any, stop: Any) -> None:
     """
     nodes, node_bias, features, depth, width = plan[0], plan[1], plan[6], plan[8], plan[9]
     into, size = FLOAT * features, stop - start
-    scratch = np.empty(min(size, SAME) * width + ONE, np.float32)
-    rows, keys = np.empty(SAME, np.uint64), np.zeros(size, np.uint64)
-    hidden = U(scratch.ctypes.data)
+    scratch = np.empty(SAME + size + (min(size, SAME) * width >> ONE) + ONE, np.uint64)
+    rows, keys = scratch[:SAME], scratch[SAME : SAME + size]
+    hidden = U(scratch.ctypes.data) + EIGHT * (SAME + size)
+    for r in range(size):
+        keys[r] = U(0)
     for begin in range(U(0), size, CHUNK):
         end = min(begin + CHUNK, size)
         for _ in range(depth):
@@ -254,4 +264,4 @@ def descend(plan: Any, x: Any, out: Any, start: Any, stop: Any) -> None:
             count += ONE
             at += ONE
         leaf_rows(plan, leaf, keys[at] >> U(32) if at < size else leaf, x, out, rows, count, hidden)
-    scratch[0] = f32(0.0)  # it lives to here
+    scratch[0] = U(0)  # it lives to here

@@ -1,0 +1,157 @@
+"""A tree's inference for few rows on CPUs, past torch's dispatcher, which costs more than a row's whole tree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from weft.errors import Unsupported, UsageError
+from weft.kernels import compiled
+from weft.kernels.pages import make_huge
+from weft.kernels.tree import ACTIVATIONS, most_rows, native, plan_of, tree_feed_forward
+
+
+def direct_tree(
+    parameters: Mapping[str, Tensor | None], names: Sequence[str], activation: str
+) -> Callable[[Tensor], Tensor | None]:
+    """`tree_feed_forward` of few rows on CPUs, without the dispatcher, which costs more than a row's whole tree.
+
+    Where a derivative, another dtype, a compiler or `weft.kernels.compiled.dispatched` is in play, or there is work for
+    several threads, it returns None, and the operator has to do it; other dispatch modes do not see the call. It
+    remembers where the weights are and looks whether they still are.
+
+    Args:
+        parameters: a module's; looked at in each call.
+        names: of nodes, node_bias, up, up_bias, down, down_bias among them.
+        activation: a key of `ACTIVATIONS`.
+    """
+    state: tuple[Any, ...] = ((), None, None, 0, 0, 0)  # replaced as a whole: several threads may call
+    values: Any = parameters.values()  # a missing bias is a TypeError
+    address = Tensor.data_ptr
+    compiling, derivatives, autocast = torch.compiler.is_compiling, torch.is_grad_enabled, torch.is_autocast_enabled
+    overridden, empty_like, single = torch.overrides.has_torch_function_unary, torch.empty_like, torch.float32
+
+    def look(addresses: tuple[int, ...]) -> tuple[Any, ...] | None:
+        nonlocal state
+        parts = [parameters.get(name) for name in names]
+        up, down = parts[2], parts[4]
+        if up is None or down is None or not native(parts) or not up.shape[2]:
+            return None
+        from weft.kernels.cpu import tree as loops
+
+        code, most = loops.descend.compile(), most_rows(up, down)
+        state = (addresses, code, plan_of(parts, activation), up.shape[2], down.shape[2], most)
+        return state
+
+    def run(x: Tensor) -> Tensor | None:
+        if (
+            compiling()
+            or derivatives()
+            or type(x) is not Tensor
+            or x.dtype is not single
+            or not x.is_cpu
+            or not x.is_contiguous()
+            or autocast("cpu")
+            or overridden(x)
+            or compiled.counting
+        ):
+            return None
+        try:
+            source, addresses = address(x), tuple(map(address, values))
+        except (RuntimeError, TypeError):  # inside torch.func's transforms; without a bias
+            return None
+        found = state if addresses == state[0] else look(addresses)
+        if found is None:
+            return None
+        _, loop, plan, features, outputs, most = found
+        shape = x.shape
+        if not shape or shape[-1] != features or (rows := x.numel() // features) > most:
+            return None
+        out = empty_like(x) if outputs == features else x.new_empty((*shape[:-1], outputs))
+        if type(out) is not Tensor:  # a mode has put a stand-in there
+            return None
+        loop(plan, source, address(out), 0, rows)
+        return out
+
+    return run
+
+
+def frozen_tree(parts: Sequence[Tensor | None], activation: str | None) -> Callable[..., Tensor]:
+    """A function ``f(x, out=None)``, ``[..., D] -> [..., O]``, of weights that stay where they are.
+
+    For rows that come one by one: a call is the loop's time, that of a new tensor (or none: ``out`` is overwritten and
+    returned) and little more. Nothing is asked of a module, and of its weights only at the start, when the system is
+    asked to move them to huge pages. They are not copied: what changes them in place changes the function. It has no
+    derivative and does not follow autocast.
+
+    Args:
+        parts: nodes, node_bias, up, up_bias, down, down_bias, as for `tree_feed_forward`; those that are not contiguous
+            are copied.
+        activation: a key of `ACTIVATIONS`.
+
+    Raises:
+        Unsupported: for None, an activation that the loops do not have.
+        UsageError: from the function, for inputs that require a gradient where gradients are on, an ``out`` of another
+            shape, dtype or device, and as `tree_feed_forward`.
+    """
+    if activation is None:
+        raise Unsupported("the loops do not have this activation", ", ".join(ACTIVATIONS))
+    parts = [p if p is None else make_huge(p.detach().contiguous()) for p in parts]
+    nodes, node_bias, up, up_bias, down, down_bias = parts
+    assert nodes is not None and node_bias is not None and up is not None and down is not None
+    features, outputs, loop, plan, most = up.shape[2], down.shape[2], None, None, -1
+    if native(parts) and features:
+        from weft.kernels.cpu import tree as loops
+
+        loop, plan, most = loops.descend.compile(), plan_of(parts, activation), most_rows(up, down)
+    address, compiling, single = Tensor.data_ptr, torch.compiler.is_compiling, torch.float32
+    overridden, empty_like = torch.overrides.has_torch_function_unary, torch.empty_like
+
+    def run(x: Tensor, out: Tensor | None = None) -> Tensor:
+        if (
+            loop is not None
+            and type(x) is Tensor
+            and x.dtype is single
+            and x.is_cpu
+            and x.is_contiguous()
+            and not (x.requires_grad or compiled.counting or compiling() or overridden(x))
+        ):
+            shape = x.shape
+            if shape and shape[-1] == features and (rows := x.numel() // features) <= most:
+                to = out
+                if to is None:
+                    to = empty_like(x) if outputs == features else x.new_empty((*shape[:-1], outputs))
+                elif not _fits(to, x, outputs):
+                    to = None
+                if type(to) is Tensor:  # a mode may have put a stand-in there
+                    loop(plan, address(x), address(to), 0, rows)
+                    return to
+        if torch.is_grad_enabled() and (x.requires_grad or (out is not None and out.requires_grad)):
+            raise UsageError("a frozen tree has no derivative: call the layer, or detach x and out")
+        if not x.ndim or x.shape[-1] != features:
+            raise UsageError(f"x {list(x.shape)}: give [..., {features}]")
+        flat = x.reshape(x.shape[:-1].numel(), features)
+        found = tree_feed_forward(flat, nodes, node_bias, up, up_bias, down, down_bias, activation)
+        found = found.view(*x.shape[:-1], outputs)
+        if out is None:
+            return found
+        if out.shape != found.shape or out.dtype != found.dtype or out.device != found.device:
+            raise UsageError(f"out {list(out.shape)} {out.dtype} on {out.device}: give {list(found.shape)} {x.dtype}")
+        return out.copy_(found)
+
+    return run
+
+
+def _fits(out: Tensor, x: Tensor, outputs: int) -> bool:
+    """Whether the loop may write rows' results there."""
+    return (
+        type(out) is Tensor
+        and out.dtype is x.dtype
+        and out.is_cpu
+        and out.is_contiguous()
+        and not out.requires_grad
+        and out.shape == (*x.shape[:-1], outputs)
+    )
