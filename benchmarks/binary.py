@@ -13,11 +13,16 @@ from torch import Tensor, nn
 
 from benchmarks.ratios import ratio
 from weft.kernels.signs import pack_signs, sign_product
+from weft.precision.binary_conv2d import BinaryConv2d
 from weft.precision.binary_linear import BinaryLinear
 
 ROUNDS = int(os.environ.get("WEFT_BENCH_ROUNDS", "15"))
 INPUTS = 16
 SIZES, BATCHES = (256, 1024, 2048, 4096), (1, 8, 64, 512)
+IMAGES = [  # channels, side, filter, batch
+    *((64, 56, 3, 1), (128, 28, 3, 1), (256, 14, 3, 1), (512, 7, 3, 1), (256, 14, 3, 32), (256, 14, 1, 1)),
+    (16, 32, 3, 32),  # where channels do not fill a word
+]
 TARGETS = {1024: (18.0, 25.0), 2048: (40.0, 50.0), 4096: (55.0, 80.0)}  # at batch 1: at least, aim
 
 
@@ -26,14 +31,14 @@ def run(say: Callable[[str], None]) -> list[dict[str, Any]]:
 
     Ways: binary inputs by the layer's call, by its matrix and by the operator alone; float inputs by the layer; a stack
     of layers in turn, whose weights come from memory each time as in a deep model, where one layer's alone stay in the
-    caches.
+    caches; and convolutions, of as many channels as they give.
     """
     rows = []
     for n in SIZES:
         for batch in BATCHES:
             rows += _cases(n, batch, say)
         rows.append(_stack(n, say))
-    return rows
+    return rows + [_convolution(*case, say) for case in IMAGES]
 
 
 def _cases(n: int, batch: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
@@ -85,6 +90,19 @@ def _stack(n: int, say: Callable[[str], None], layers: int = 8) -> dict[str, Any
     bfloat16 = _ratio(plain, lambda i: half[i % layers](few[i % INPUTS]))
     found = _ratio(plain, lambda i: binary[i % layers](x[i % INPUTS]))
     row = _row(f"{layers} layers {n}x{n} in turn, batch 1", "xnor, layer", found, bfloat16, (None, None))
+    say(f"binary: {row}")
+    return row
+
+
+def _convolution(channels: int, side: int, kernel: int, batch: int, say: Callable[[str], None]) -> dict[str, Any]:
+    dense = nn.Conv2d(channels, channels, kernel, padding=kernel // 2).eval()
+    half, binary = copy.deepcopy(dense).bfloat16(), BinaryConv2d.from_dense(dense, binary_inputs=True).eval()
+    x = [torch.randn(batch, channels, side, side) for _ in range(INPUTS)]
+    few = [t.bfloat16() for t in x]
+    bfloat16 = _ratio(lambda i: dense(x[i % INPUTS]), lambda i: half(few[i % INPUTS]))
+    found = _ratio(lambda i: dense(x[i % INPUTS]), lambda i: binary(x[i % INPUTS]))
+    case = f"{kernel}x{kernel}, {channels} channels, {side}x{side} pixels, batch {batch}"
+    row = _row(case, "xnor, convolution", found, bfloat16, (None, None))
     say(f"binary: {row}")
     return row
 

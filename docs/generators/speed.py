@@ -39,12 +39,16 @@ def fast_feed_forward(rows: list[Row]) -> str:
     """Inference by the width of the dense layer."""
     said = (
         "Inference, input and output 768: how many times faster one leaf is than the dense layer of all leaves' width, "
-        "and than the same tree in plain PyTorch. Inputs rotate, so that a row's leaf is not in the cache."
+        "and than the same tree in plain PyTorch. Inputs rotate, so that a row's leaf is not in the cache. *Frozen* is "
+        "the function that `FastFeedForward.frozen()` gives, in float32, and *into* the same with `out=`: for rows "
+        "that come one by one, a module's call and a new tensor cost as much as the tree."
     )
-    header = ["depth", "leaf", "width", "batch", "to float32", "to bfloat16", "to plain PyTorch", "call"]
+    header = ["depth", "leaf", "width", "batch", "to float32", "frozen", "into", "to bfloat16", "to plain PyTorch"]
+    header.append("call")
     made = [
         [*(str(row[key]) for key in ("depth", "leaf_width", "width", "batch")),
-         *_ratios(row, "fp32_ratio", "bf16_ratio", "torch_ratio"), f"{row['seconds'] * 1e6:.1f} µs"]
+         *_ratios(row, "fp32_ratio", "frozen_ratio", "frozen_out_ratio", "bf16_ratio", "torch_ratio"),
+         f"{row['seconds'] * 1e6:.1f} µs"]
         for row in rows
     ]  # fmt: skip
     ordered = sorted(rows, key=lambda row: row["width"])
@@ -89,7 +93,8 @@ def binary(rows: list[Row]) -> str:
     said = (
         "Square layers n × n in eval mode, weights packed before, inputs packed in each call: how many times faster "
         "than `F.linear` in float32, and than an ordinary layer in bfloat16. *In turn* takes eight layers one after "
-        "another, so that weights come from memory."
+        "another, so that weights come from memory. *Convolution* takes images of as many channels as it gives, and "
+        "counts bits of windows, to `nn.Conv2d`."
     )
     header = ["case", "way", "to float32", "to bfloat16", "call"]
     made = [
@@ -162,4 +167,4 @@ def _series(rows: Sequence[Row], name: str, x: Callable[[Row], float], y: str) -
 
 
 def _ratios(row: Row, *keys: str) -> list[str]:
-    return ["–" if row[key] is None else f"{row[key]:.3g}" for key in keys]
+    return ["–" if row.get(key) is None else f"{row[key]:.3g}" for key in keys]

@@ -46,7 +46,7 @@ def unpack_signs(packed: Tensor, rows: int, columns: int, dtype: torch.dtype = t
     Raises:
         UsageError: for another number of bytes.
     """
-    packed = _check_packed(packed, rows, columns)
+    packed = check_packed(packed, rows, columns)
     bits = _lines(packed, rows, columns)[:, :, None] >> torch.arange(8, device=packed.device) & 1
     return (2.0 * bits.flatten(1)[:, :columns] - 1).to(dtype)
 
@@ -83,10 +83,10 @@ def sign_sums(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None = No
 
 def _dispatched(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, inputs: str) -> Tensor:
     """`sign_product` or `sign_sums`."""
-    x, scale = check_tensor("x", x, FLOATS), _vector("scale", scale, None)
+    x, scale = check_tensor("x", x, FLOATS), vector("scale", scale, None)
     outputs, columns = scale.shape[0], x.shape[-1] if x.ndim else 0
-    bias = None if bias is None else _vector("bias", bias, outputs)
-    packed = _check_packed(packed, outputs, columns)
+    bias = None if bias is None else vector("bias", bias, outputs)
+    packed = check_packed(packed, outputs, columns)
     flat = x.reshape(x.shape[:-1].numel(), columns)
     if x.dtype == torch.float64:
         y = (
@@ -120,10 +120,10 @@ class SignMatrix:
     def __init__(self, packed: Tensor, scale: Tensor, bias: Tensor | None, columns: int, inputs: str) -> None:
         if inputs not in INPUTS:
             raise UsageError(unknown("inputs", inputs, list(INPUTS)))
-        self.scale = _vector("scale", scale, None)
+        self.scale = vector("scale", scale, None)
         self.outputs, self.columns, self.inputs = len(scale), columns, inputs
-        self.bias = None if bias is None else _vector("bias", bias, self.outputs)
-        self.packed = _check_packed(packed, self.outputs, columns)
+        self.bias = None if bias is None else vector("bias", bias, self.outputs)
+        self.packed = check_packed(packed, self.outputs, columns)
         self.most = -1
         if self.packed.is_cpu and sys.byteorder == "little":
             from weft.kernels.cpu import signs as loops
@@ -162,14 +162,16 @@ class SignMatrix:
         return out
 
 
-def _vector(name: str, value: Tensor, size: int | None) -> Tensor:
+def vector(name: str, value: Tensor, size: int | None) -> Tensor:
+    """The float32 vector, contiguous; UsageError where it is none, or has not ``size`` elements."""
     value = check_tensor(name, value, (torch.float32,), ndim=1)
     if size is not None and value.shape[0] != size:
         raise UsageError(f"{name} has {value.shape[0]} elements for {size} outputs")
     return value.contiguous()
 
 
-def _check_packed(packed: Tensor, rows: int, columns: int) -> Tensor:
+def check_packed(packed: Tensor, rows: int, columns: int) -> Tensor:
+    """The bytes of ``[rows, columns]`` signs, contiguous; UsageError where they are not."""
     packed = check_tensor("packed", packed, (torch.uint8,), ndim=1)
     if packed.shape[0] != rows * -(-columns // 8):
         raise UsageError(f"{packed.shape[0]} bytes: the signs of {rows} x {columns} have {rows * -(-columns // 8)}")

@@ -1,10 +1,11 @@
-"""Linear layers that see only the signs of their weights, and in eval mode keep them as bits."""
+"""Layers that see only the signs of their weights, and in eval mode keep them as bits."""
 
 from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import Any, Self
+from collections.abc import Callable
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,30 +15,27 @@ from weft.convert import Convertible
 from weft.errors import Unsupported, UsageError
 from weft.kernels.signs import SignMatrix, pack_signs, sign_product, sign_sums
 
-__all__ = ["SignLinear"]
+__all__ = ["SignLayer", "SignLinear"]
 
 
 @dataclasses.dataclass
 class _Bits:
     """The bits of a layer's weights, and what they were made from."""
 
-    matrix: SignMatrix
+    matrix: Any
     state: tuple[Any, ...]
     made_from: list[Tensor]  # held, so that no other weights come to lie at their address
 
 
-class SignLinear(Convertible, abc.ABC):
-    """Stands in for an ``nn.Linear``, on the same parameters; abstract: `differentiable` and `scales` say what it is.
+class SignLayer(Convertible, abc.ABC):
+    """Stands in for an ordinary layer, on the same parameters; abstract: subclasses say what they compute.
 
     In eval mode, where no gradient is asked for, the layer computes with packed bits. They are no part of its state,
     and made anew when the weights have changed (at each call, for weights that were made under inference_mode, which do
     not count their changes). Changes in place that torch does not count (through ``weight.data`` or NumPy, or by an
-    optimizer with ``fused=True``) are seen after the next call of ``train`` or ``eval``, or pass with gradients. The
-    layer is fastest under `torch.inference_mode`. Code made by ``torch.compile`` or ``torch.export``, and
-    transformations of `torch.func`, have the float weights in them, after `pack_` the bits.
-
-    Attributes:
-        inputs: what the bits are multiplied with, as `weft.kernels.signs.SignMatrix` takes it.
+    optimizer with ``fused=True``) are seen after the next call of ``train`` or ``eval``, or pass with gradients. Code
+    made by ``torch.compile`` or ``torch.export``, and transformations of `torch.func`, have the float weights in them,
+    after `pack_` the bits.
 
     Args:
         layer: the ordinary layer.
@@ -46,8 +44,6 @@ class SignLinear(Convertible, abc.ABC):
         Unsupported: for other layers, subclasses and layers with a computed weight among them.
     """
 
-    converts = (nn.Linear,)
-    inputs = "floats"
     weight: nn.Parameter | None
     bias: nn.Parameter | None
     packed: Tensor
@@ -55,17 +51,22 @@ class SignLinear(Convertible, abc.ABC):
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        if type(layer) is not nn.Linear or not isinstance(layer.weight, nn.Parameter):
-            raise Unsupported(f"{type(layer).__name__} is no nn.Linear with a weight of its own", "an nn.Linear")
-        self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.weight = layer.weight
-        self.register_parameter("bias", layer.bias)
+        (kind,), given = self.converts, cast(Any, layer)
+        if type(layer) is not kind or not isinstance(given.weight, nn.Parameter):
+            name = f"an nn.{kind.__name__}"
+            raise Unsupported(f"{type(layer).__name__} is not {name} with a weight of its own", name)
+        self.weight = given.weight
+        self.register_parameter("bias", given.bias)
         self._bits: _Bits | None = None
 
     @classmethod
     def from_dense(cls, layer: nn.Module, **options: Any) -> Self:
         """The layer with binary weights, on the same parameters."""
         return cls(layer, **options)
+
+    @abc.abstractmethod
+    def check(self, x: Tensor) -> None:
+        """Raises UsageError for an input of another shape."""
 
     @abc.abstractmethod
     def differentiable(self, x: Tensor) -> Tensor:
@@ -75,14 +76,25 @@ class SignLinear(Convertible, abc.ABC):
     def scales(self, weight: Tensor) -> Tensor:
         """The factor of each output, ``[O]``."""
 
+    @abc.abstractmethod
+    def matrix(self, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+        """What computes outputs from these, float32, and an input of any dtype but float64."""
+
+    @abc.abstractmethod
+    def from_packed(self, x: Tensor) -> Tensor:
+        """The same by operations that compilers can follow, in any dtype: from what `pack_` has left."""
+
+    def rows(self, weight: Tensor) -> Tensor:
+        """The weights of each output, ``[O, D]``, in the order in which they are packed."""
+        return weight
+
     def as_bits(self) -> bool:
         """Whether in eval mode the weights are their signs."""
         return True
 
-    def extra_repr(self) -> str:
-        """Sizes, and whether the float weights are gone."""
-        sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        return sizes + (", packed" if self.weight is None else "")
+    def by_bits(self) -> bool:
+        """Whether bits are what eval mode computes with."""
+        return self.as_bits()
 
     def train(self, mode: bool = True) -> Self:
         """As every module's; bits are made anew after it."""
@@ -90,30 +102,19 @@ class SignLinear(Convertible, abc.ABC):
         return super().train(mode)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., D] -> [..., O]``.
+        """The output, in the dtype that the ordinary layer has.
 
         Raises:
-            UsageError: for another number of features.
+            UsageError: for an input of another shape.
             Unsupported: where a gradient is asked for after `pack_`.
         """
-        bits = self._bits
-        if (  # what costs least, where bits are ready and nothing else is asked for
-            bits is not None
-            and not self.training
-            and not torch.compiler.is_compiling()
-            and torch.is_inference_mode_enabled()
-            and not torch.is_autocast_enabled("cpu")
-            and bits.state == self._state()
-            and (y := bits.matrix.at_once(x)) is not None
-        ):
-            return y
-        if x.ndim == 0 or x.shape[-1] != self.in_features:
-            raise UsageError(f"x has the shape {tuple(x.shape)}: give [..., {self.in_features}]")
+        self.check(x)
         differentiated = self.training or self._differentiated(x)
         if differentiated:
             self._bits = None  # the step that follows may be one that torch does not count
-        if differentiated or torch.compiler.is_compiling() or x.dtype == torch.float64 or not self.as_bits():
+        if differentiated or torch.compiler.is_compiling() or x.dtype == torch.float64 or not self.by_bits():
             return self._by_operations(x, differentiated)
+        bits = self._bits
         if bits is None or bits.state != self._state():
             bits = self._bits = self._packed()
         return bits.matrix(x).to(_wanted(x))
@@ -121,8 +122,8 @@ class SignLinear(Convertible, abc.ABC):
     def pack_(self) -> Self:
         """Keep the bits and the scales alone, as buffers: for use, not for training; put into eval mode.
 
-        A thirty-second of the bytes, where 8 divides the features. The state is that of a packed layer from then on:
-        whoever loads it into another packs that one first. `restore_` leaves the layer as it is.
+        A thirty-second of the bytes, where 8 divides the weights of an output. The state is that of a packed layer from
+        then on: whoever loads it into another packs that one first. `restore_` leaves the layer as it is.
 
         Raises:
             Unsupported: where the weights are not their signs in eval mode.
@@ -132,7 +133,7 @@ class SignLinear(Convertible, abc.ABC):
         if not self.as_bits():
             raise Unsupported(f"{self} takes the float weights in eval mode", "stochastic=False")
         weight = self.weight.detach()
-        self.register_buffer("packed", pack_signs(weight))
+        self.register_buffer("packed", pack_signs(self.rows(weight)))
         self.register_buffer("scale", self.scales(weight).float())
         self.weight = self._bits = None
         if self.bias is not None:
@@ -162,9 +163,7 @@ class SignLinear(Convertible, abc.ABC):
             raise Unsupported(
                 "pack_() has dropped the float weights, and bits have no gradient", "eval() and no_grad()"
             )
-        given = x, self.packed, self.scale.float(), None if self.bias is None else self.bias.float()
-        y = sign_sums(*given) if self.inputs == "floats" else sign_product(*given, factored=self.inputs != "signs")
-        return y.to(_wanted(x))
+        return self.from_packed(x).to(_wanted(x))
 
     def _state(self) -> tuple[Any, ...]:
         """What is another whenever weight or bias are."""
@@ -180,12 +179,73 @@ class SignLinear(Convertible, abc.ABC):
         if weight is None:
             packed, scale = self.packed, self.scale.float()
         else:
-            packed, scale = pack_signs(weight), self.scales(weight.detach()).float()
-        matrix = SignMatrix(packed, scale, None if bias is None else bias.float(), self.in_features, self.inputs)
+            packed, scale = pack_signs(self.rows(weight.detach())), self.scales(weight.detach()).float()
+        matrix = self.matrix(packed, scale, None if bias is None else bias.float())
         return _Bits(matrix, state, [p.detach() for p in (weight, bias) if p is not None])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_bits": None}
+
+
+class SignLinear(SignLayer):
+    """A `SignLayer` for ``nn.Linear``, fastest under `torch.inference_mode`; abstract still.
+
+    Attributes:
+        inputs: what the bits are multiplied with, as `weft.kernels.signs.SignMatrix` takes it.
+
+    Args:
+        layer: the ordinary layer.
+
+    Raises:
+        Unsupported: for other layers, subclasses and layers with a computed weight among them.
+    """
+
+    converts = (nn.Linear,)
+    inputs = "floats"
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__(layer)
+        given: Any = layer
+        self.in_features, self.out_features = given.in_features, given.out_features
+
+    def extra_repr(self) -> str:
+        """Sizes, and whether the float weights are gone."""
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return sizes + (", packed" if self.weight is None else "")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., D] -> [..., O]``.
+
+        Raises:
+            UsageError: for another number of features.
+            Unsupported: where a gradient is asked for after `pack_`.
+        """
+        bits = self._bits
+        if (  # what costs least, where bits are ready and nothing else is asked for
+            bits is not None
+            and not self.training
+            and not torch.compiler.is_compiling()
+            and torch.is_inference_mode_enabled()
+            and not torch.is_autocast_enabled("cpu")
+            and bits.state == self._state()
+            and (y := bits.matrix.at_once(x)) is not None
+        ):
+            return y
+        return super().forward(x)
+
+    def check(self, x: Tensor) -> None:
+        """Raises UsageError for another number of features."""
+        if x.ndim == 0 or x.shape[-1] != self.in_features:
+            raise UsageError(f"x has the shape {tuple(x.shape)}: give [..., {self.in_features}]")
+
+    def matrix(self, packed: Tensor, scale: Tensor, bias: Tensor | None) -> SignMatrix:
+        """The product of bits."""
+        return SignMatrix(packed, scale, bias, self.in_features, self.inputs)
+
+    def from_packed(self, x: Tensor) -> Tensor:
+        """By the operators for bits."""
+        given = x, self.packed, self.scale.float(), None if self.bias is None else self.bias.float()
+        return sign_sums(*given) if self.inputs == "floats" else sign_product(*given, factored=self.inputs != "signs")
 
 
 def _wanted(x: Tensor) -> torch.dtype:

@@ -126,7 +126,7 @@ def _layer(generator: torch.Generator, features: int, outputs: int, dtype: torch
             "return mean_magnitude(weight)[:, 0]",
             "return mean_magnitude(weight).mean(0).expand(len(weight))",
         ),
-        "other bits": ("pack_signs(weight), self.scales", "pack_signs(-weight), self.scales", "weft.ops.packed_signs"),
+        "other bits": ("= pack_signs(self.rows(", "= pack_signs(-self.rows(", "weft.ops.packed_signs"),
     },
 )
 def nearest_in_squares(seed: int) -> list[Check]:
@@ -151,10 +151,10 @@ def nearest_in_squares(seed: int) -> list[Check]:
     row=288,
     budget=2.0,
     mutants={
-        "other signs": ("pack_signs(weight))", "pack_signs(weight - 1e-30))", "weft.ops.packed_signs"),
+        "other signs": ("self.rows(weight)))", "self.rows(weight) - 1e-30))", "weft.ops.packed_signs"),
         "floats besides": (
-            'self.register_buffer("packed", pack_signs(weight))',
-            'self.register_buffer("packed", pack_signs(weight)); self.register_buffer("floats", weight)',
+            'self.register_buffer("packed", pack_signs(self.rows(weight)))',
+            'self.register_buffer("packed", pack_signs(self.rows(weight))); self.register_buffer("floats", weight)',
             "weft.ops.packed_signs",
         ),
         "floats stay": ("self.weight = self._bits = None", "self._bits = None", "weft.ops.packed_signs"),

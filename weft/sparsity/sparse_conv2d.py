@@ -24,7 +24,6 @@ import functools
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
@@ -33,6 +32,7 @@ from weft.errors import DataError
 from weft.kernels.sparse import conv2d_geometry
 from weft.measure import operations
 from weft.method import method
+from weft.ops.borders import bordered, borders
 from weft.sparsity.sparse import SparseLayer
 from weft.testing.example import Example
 
@@ -70,16 +70,7 @@ class SparseConv2d(SparseLayer):
         super().__init__(layer, density=density, mask=mask, seed=seed, rescale=rescale)
         self.kernel, self.stride, self.dilation = given.kernel_size, given.stride, given.dilation
         self.given_padding, self.padding_mode = given.padding, given.padding_mode
-        if given.padding == "valid":
-            before = after = (0, 0)
-        elif given.padding == "same":
-            total = [d * (k - 1) for d, k in zip(self.dilation, self.kernel, strict=True)]
-            before, after = (total[0] // 2, total[1] // 2), (total[0] - total[0] // 2, total[1] - total[1] // 2)
-        else:
-            before = after = given.padding
-        inside = before == after and self.padding_mode == "zeros"
-        self.padding = before if inside else (0, 0)
-        self.border = None if inside else (before[1], after[1], before[0], after[0])
+        self.padding, self.border = borders(given)
 
     def index(self, mask: Tensor) -> dict[str, Tensor]:
         """The index by output channels, with input channels counted over all groups."""
@@ -100,21 +91,18 @@ class SparseConv2d(SparseLayer):
         channels = self.shape[1] * self.groups
         if x.ndim not in (3, 4) or x.shape[-3] != channels:
             raise DataError(f"an input {list(x.shape)}: the layer takes [B, {channels}, H, W] or [{channels}, H, W]")
-        image = self._bordered(x if x.ndim == 4 else x[None])
+        image = bordered(x if x.ndim == 4 else x[None], self.border, self.padding_mode)
         how = self.kernel, self.stride, self.padding, self.dilation
         if min(conv2d_geometry(tuple(image.shape), *map(list, how))[1]) < 1:
             raise DataError(f"an input {list(x.shape)} is smaller than the filter {self.kernel} with its dilation")
         y = self.product(image, how)
         return y if x.ndim == 4 else y[0]
 
-    def _bordered(self, image: Tensor) -> Tensor:
-        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-        return image if self.border is None else F.pad(image, self.border, mode)
-
     def dense_gradient(self, x: Tensor, grad: Tensor) -> Tensor:
         """``[O, C / groups, *kernel]``, for ``x [B, C, H, W]`` and ``grad [B, O, H', W']``."""
         x, grad = (t if t.ndim == 4 else t[None] for t in (x, grad))
-        image, how = self._bordered(x).to(grad.dtype), (self.stride, self.padding, self.dilation, self.groups)
+        image = bordered(x, self.border, self.padding_mode).to(grad.dtype)
+        how = self.stride, self.padding, self.dilation, self.groups
         return conv2d_weight(image, self.shape, grad, *how)
 
     def to_dense(self) -> nn.Module:
@@ -169,10 +157,15 @@ def _case(seed: int, kind: int, dtype: torch.dtype = torch.float32) -> tuple[nn.
             'found["columns"] + 0 * shifts.int()',
         ),
         "padding before alone": (
-            "border = None if inside else (before[1], after[1]",
-            "border = None if inside else (0, before[1] + after[1]",
+            "return (0, 0), (before[1], after[1]",
+            "return (0, 0), (0, before[1] + after[1]",
+            "weft.ops.borders",
         ),
-        "zeros on the border": ("F.pad(image, self.border, mode)", "F.pad(image, self.border)"),
+        "zeros on the border": (
+            'F.pad(image, border, "constant" if mode == "zeros" else mode)',
+            "F.pad(image, border)",
+            "weft.ops.borders",
+        ),
         "taps mirrored": ("flat = mask.flatten(1)", "flat = mask.flip(-1).flatten(1)", "weft.sparsity.sparse"),
         "other weights stored": ("weight.detach()[chosen]", "weight.detach()[chosen.flip(0)]", "weft.sparsity.sparse"),
         "gradients a little longer": ("run(grad, x, values,", "run(grad * 1.0001, x, values,", "weft.sparsity.sparse"),
@@ -214,7 +207,7 @@ def masked_dense_gradients(seed: int) -> list[Check]:
         "zeros stored": ("magnitude_mask(weight, density)", "torch.ones_like(weight).bool()", "weft.sparsity.sparse"),
         "dense forward": (
             "y = self.product(image, how)",
-            "y = F.conv2d(image, self.weight, self.bias, *how[1:], self.groups)",
+            "y = torch.nn.functional.conv2d(image, self.weight, self.bias, *how[1:], self.groups)",
         ),
         "dense gradient of the weight": (
             "found = kernels.sparse_conv2d_backward(grad,",

@@ -157,9 +157,9 @@ def pack(x: Any, packed: Any, rows: Any, columns: Any) -> None:
 
 
 @numba.njit(error_model="numpy")
-def put_eight(counts: Any, columns: Any, alpha: Any, bias: Any, factor: Any, out: Any) -> None:
+def put_eight(counts: Any, whole: Any, alpha: Any, bias: Any, factor: Any, out: Any) -> None:
     """Eight elements of the output."""
-    y = times(times_at(dots(counts, columns), alpha), factor)
+    y = times(times_at(dots(counts, whole), alpha), factor)
     if bias != ZERO:
         y = plus_at(y, bias)
     put(out, y)
@@ -198,9 +198,13 @@ def factor_of(factors: Any, row: Any) -> Any:
 
 @numba.njit(error_model="numpy")
 def eight(
-    bits: Any, factors: Any, block: Any, alpha: Any, bias: Any, out: Any, rows: Any, columns: Any, step: Any
-) -> None:
-    """Eight outputs of each row; rows of the output are ``step`` bytes apart."""
+    bits: Any, factors: Any, block: Any, alpha: Any, bias: Any, out: Any, rows: Any, columns: Any, step: Any,
+    whole: Any,
+) -> None:  # fmt: skip
+    """Eight outputs of each row; rows of the output are ``step`` bytes apart.
+
+    ``whole`` of the ``columns`` count; the bits of the others are the same in rows and weights.
+    """
     full, left = columns // WORD, columns % WORD
     line = EIGHT * (full + u64(left > ZERO))
     last = none()
@@ -219,10 +223,10 @@ def eight(
             a, b = count(a, last, word_at(x)), count(b, last, word_at(x + line))
             c, d = count(c, last, word_at(x + TWO * line)), count(d, last, word_at(x + THREE * line))
         at = out + r * step
-        put_eight(a, columns, alpha, bias, factor_of(factors, r), at)
-        put_eight(b, columns, alpha, bias, factor_of(factors, r + ONE), at + step)
-        put_eight(c, columns, alpha, bias, factor_of(factors, r + TWO), at + TWO * step)
-        put_eight(d, columns, alpha, bias, factor_of(factors, r + THREE), at + THREE * step)
+        put_eight(a, whole, alpha, bias, factor_of(factors, r), at)
+        put_eight(b, whole, alpha, bias, factor_of(factors, r + ONE), at + step)
+        put_eight(c, whole, alpha, bias, factor_of(factors, r + TWO), at + TWO * step)
+        put_eight(d, whole, alpha, bias, factor_of(factors, r + THREE), at + THREE * step)
     for r in range(many, rows):
         here = bits + r * line
         a, b = none(), none()
@@ -233,7 +237,7 @@ def eight(
             a = count(a, words_at(block + WORD * (full - ONE)), word_at(here + EIGHT * (full - ONE)))
         if left:
             b = count(b, last, word_at(here + EIGHT * full))
-        put_eight(plus(a, b), columns, alpha, bias, factor_of(factors, r), out + r * step)
+        put_eight(plus(a, b), whole, alpha, bias, factor_of(factors, r), out + r * step)
 
 
 @numba.njit(error_model="numpy")
@@ -250,9 +254,9 @@ def sixteen(bits: Any, factor: Any, block: Any, other: Any, alpha: Any, bias: An
 @numba.njit(error_model="numpy")
 def few(
     bits: Any, factors: Any, block: Any, alpha: Any, bias: Any, out: Any, rows: Any, columns: Any, step: Any,
-    height: Any,
+    height: Any, whole: Any,
 ) -> None:  # fmt: skip
-    """The ``height`` outputs of the last block."""
+    """The ``height`` outputs of the last block, as by `eight`."""
     full, left = columns // WORD, columns % WORD
     line = EIGHT * (full + u64(left > ZERO))
     for i in range(height):
@@ -265,7 +269,7 @@ def few(
                 n += ones(word_at(block + EIGHT * (k * height + i)) ^ word_at(here + EIGHT * k))
             if left:
                 n += ones(last ^ word_at(here + EIGHT * full))
-            y = f32(f32(np.int64(columns) - np.int64(TWO * n)) * simd.one_at(alpha + FOUR * i))
+            y = f32(f32(np.int64(whole) - np.int64(TWO * n)) * simd.one_at(alpha + FOUR * i))
             y = f32(y * factor_of(factors, r))
             if bias != ZERO:
                 y = f32(y + simd.one_at(bias + FOUR * i))
@@ -296,9 +300,9 @@ def product(
             own, block = first * FOUR, packed + first // EIGHT * size_of_block
             shift, place = bias + own if bias != ZERO else ZERO, out + r * step + own
             if outputs - first >= EIGHT:
-                eight(signs, means, block, alpha + own, shift, place, size, columns, step)
+                eight(signs, means, block, alpha + own, shift, place, size, columns, step, columns)
             else:
-                few(signs, means, block, alpha + own, shift, place, size, columns, step, outputs - first)
+                few(signs, means, block, alpha + own, shift, place, size, columns, step, outputs - first, columns)
             first += EIGHT
     bits[0], factors[0] = ZERO, f32(0)  # Numba frees an array after the last line that names it
 

@@ -1,0 +1,182 @@
+"""Convolutions of signs: by torch's own operations, and by bits, of which each pixel's are packed once.
+
+    y_{o,p} = a_o K_p sum_{t inside, c} sign(x_{c, p + t}) sign(W_{o,c,t}) + b_o
+
+Bits have no 0. A tap t of pixel p that is outside of the image counts as -1 in all channels, and what that adds,
+``-sum_c sign(W_{o,c,t})``, is taken out again at the pixels on the border.
+"""
+
+from __future__ import annotations
+
+import abc
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from weft._keeping import plain_math
+from weft.errors import UsageError
+from weft.kernels.sign_words import WORD, sign_words, word_product
+from weft.kernels.signs import pack_signs, unpack_signs
+from weft.kernels.sparse import conv2d_geometry
+from weft.ops.borders import bordered, borders
+from weft.ops.packed_signs import SignLayer
+
+__all__ = ["SignConv2d", "window_means"]
+
+
+class SignConv2d(SignLayer):
+    """A `SignLayer` for ``nn.Conv2d`` of any stride, padding, dilation and groups; abstract still.
+
+    With binary inputs and one group, eval mode computes with bits; otherwise with floats, of which as many are
+    multiplied as by the ordinary layer: packed, the weights alone are smaller.
+
+    Attributes:
+        binary_inputs: whether inputs are signs too.
+        shape: of the ordinary layer's weight, ``[O, C / groups, kh, kw]``.
+    """
+
+    converts = (nn.Conv2d,)
+    binary_inputs = False
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__(layer)
+        given: Any = layer
+        self.shape, self.groups = tuple(given.weight.shape), given.groups
+        self.kernel_size, self.stride, self.dilation = given.kernel_size, given.stride, given.dilation
+        self.given_padding, self.padding_mode = given.padding, given.padding_mode
+        self.padding, self.border = borders(given)
+
+    @abc.abstractmethod
+    def by_weights(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The output for images ``[B, C, H, W]``, given the weights that are multiplied with, in their shape."""
+
+    def extra_repr(self) -> str:
+        """As the ordinary layer's, and whether the float weights are gone."""
+        sizes = f"{self.shape[1] * self.groups}, {self.shape[0]}, kernel_size={self.kernel_size}, stride={self.stride}"
+        sizes += f", padding={self.given_padding!r}, dilation={self.dilation}, groups={self.groups}"
+        return f"{sizes}, bias={self.bias is not None}" + (", packed" if self.weight is None else "")
+
+    def check(self, x: Tensor) -> None:
+        """Raises UsageError for another number of channels, and images smaller than the filter."""
+        channels = self.shape[1] * self.groups
+        if x.ndim not in (3, 4) or x.shape[-3] != channels:
+            raise UsageError(f"x has the shape {list(x.shape)}: give [B, {channels}, H, W] or [{channels}, H, W]")
+        sides = [*x.shape[-2:]]
+        if self.border is not None:
+            left, right, top, bottom = self.border
+            sides = [sides[0] + top + bottom, sides[1] + left + right]
+        if min(self._windows(*sides)) < 1:
+            raise UsageError(f"x has the shape {list(x.shape)}: smaller than {self.kernel_size} with its dilation")
+
+    def convolved(self, image: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``[B, C, H, W] -> [B, O, H', W']`` as the ordinary layer has it."""
+        image = bordered(image, self.border, self.padding_mode)
+        return F.conv2d(image, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def rows(self, weight: Tensor) -> Tensor:
+        """The channels of a tap stand together, as those of a pixel do."""
+        return weight.permute(0, 2, 3, 1).flatten(1)
+
+    def by_bits(self) -> bool:
+        """With binary inputs and one group."""
+        return self.binary_inputs and self.groups == 1
+
+    def matrix(self, packed: Tensor, scale: Tensor, bias: Tensor | None) -> _Windows:
+        """The product of bits."""
+        return _Windows(self, self.signs_of(packed), scale, bias)
+
+    def signs_of(self, packed: Tensor) -> Tensor:
+        """1 and -1 in the weight's shape, float32."""
+        outputs, channels, height, width = self.shape
+        rows = unpack_signs(packed, outputs, channels * height * width)
+        return rows.view(outputs, height, width, channels).permute(0, 3, 1, 2).contiguous()
+
+    def from_packed(self, x: Tensor) -> Tensor:
+        """By signs as floats."""
+        dtype = x.dtype
+        weight = (self.signs_of(self.packed) * self.scale.float()[:, None, None, None]).to(dtype)
+        y = self.by_weights(x if x.ndim == 4 else x[None], weight, None if self.bias is None else self.bias.to(dtype))
+        return y if x.ndim == 4 else y[0]
+
+    def _windows(self, height: int, width: int) -> list[int]:
+        """Places of the filter, down and across."""
+        how = self.kernel_size, self.stride, self.padding, self.dilation
+        shape = (1, self.shape[1] * self.groups, height, width)
+        return list(conv2d_geometry(shape, *map(list, how))[1])
+
+
+def window_means(layer: SignConv2d, x: Tensor) -> Tensor:
+    """K: the mean of |x| over channels and taps of each window, ``[B, groups, H', W']``; on the padding x is 0."""
+    height, width = layer.kernel_size
+    wide = torch.promote_types(x.dtype, torch.float32)
+    means = x.abs().unflatten(1, (layer.groups, -1)).mean(2, dtype=wide)
+    box = means.new_full((layer.groups, 1, height, width), 1 / (height * width))
+    with plain_math(x.device):  # autocast would round what float sums are multiplied with
+        return layer.convolved(means, box).to(x.dtype)
+
+
+class _Windows:
+    """Weights as bits, channels filled up to whole words, and what the padding adds for the last size of images."""
+
+    def __init__(self, layer: SignConv2d, signs: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+        self.layer, self.scale, self.bias = layer, scale, bias
+        rows = F.pad(signs.permute(0, 2, 3, 1), (0, -signs.shape[1] % WORD), value=-1.0)
+        self.packed, self.taps = pack_signs(rows.flatten(1)), signs.sum(1)  # [O, kh, kw]
+        self.outside: tuple[tuple[int, int], Tensor, Tensor] | None = None  # of images of these sides
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``[B, C, H, W]`` or ``[C, H, W]`` to float32 ``[B, O, H', W']`` or ``[O, H', W']``."""
+        layer, given = self.layer, x if x.ndim == 4 else x[None]
+        image = given.float()
+        if layer.padding_mode != "zeros":
+            image = bordered(image, layer.border, layer.padding_mode)
+        batch, channels, height, width = image.shape
+        pixels = image.permute(0, 2, 3, 1).reshape(batch * height * width, channels)
+        words = sign_words(pixels).view(batch, height, width, -(-channels // WORD))
+        left, right, top, bottom = self._zeros()
+        words = F.pad(words, (0, 0, left, right, top, bottom))
+        (down, across), (kh, kw), strides = self._places(words), layer.kernel_size, words.stride()
+        windows = words.as_strided(
+            (batch, down, across, kh, kw, words.shape[3]),
+            (
+                strides[0], strides[1] * layer.stride[0], strides[2] * layer.stride[1], strides[1] * layer.dilation[0],
+                strides[2] * layer.dilation[1], 1,
+            ),
+        ).reshape(batch * down * across, kh * kw * words.shape[3])  # fmt: skip
+        factors = window_means(layer, given.float()).flatten()
+        y = word_product(windows, self.packed, self.scale, channels * kh * kw, factors=factors, bias=self.bias)
+        y = y.view(batch, down * across, len(self.scale))
+        if left or right or top or bottom:
+            places, missing = self._outside(height, width)
+            y[:, places] += missing * factors.view(y.shape[:2])[:, places, None]
+        y = y.view(batch, down, across, len(self.scale)).permute(0, 3, 1, 2)
+        last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        y = y if last else y.contiguous()
+        return y if x.ndim == 4 else y[0]
+
+    def _zeros(self) -> tuple[int, int, int, int]:
+        """Columns and rows of zeros around an image: left, right, top, bottom."""
+        layer = self.layer
+        if layer.padding_mode != "zeros":
+            return 0, 0, 0, 0
+        return layer.border or (layer.padding[1], layer.padding[1], layer.padding[0], layer.padding[0])
+
+    def _places(self, image: Tensor) -> list[int]:
+        """Windows down and across an image ``[B, H, W, ...]`` whose border is there."""
+        layer, shape = self.layer, (1, 1, *image.shape[1:3])
+        how = [*layer.kernel_size], [*layer.stride], [0, 0], [*layer.dilation]
+        return list(conv2d_geometry(shape, *how)[1])
+
+    def _outside(self, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """Windows ``[P]`` with a tap outside, and what is to be added there, ``[P, O]``, but for the factors."""
+        if self.outside is None or self.outside[0] != (height, width):
+            layer, left_right_top_bottom = self.layer, self._zeros()
+            empty = F.pad(self.taps.new_zeros(1, 1, height, width), left_right_top_bottom, value=1.0)
+            missing = F.conv2d(empty, self.taps[:, None], None, layer.stride, 0, layer.dilation)
+            there = F.conv2d(empty, torch.ones_like(self.taps[:1, None]), None, layer.stride, 0, layer.dilation)
+            places = there.flatten().nonzero().squeeze(1)
+            by_place = missing.flatten(2)[0].t() * self.scale
+            self.outside = (height, width), places, by_place[places].contiguous()
+        return self.outside[1:]
