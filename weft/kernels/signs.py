@@ -155,8 +155,9 @@ class SignMatrix:
             at = x.data_ptr()
         except RuntimeError:  # what is inside of torch.func.vmap has none
             return None
-        out = x.new_empty(rows, outputs)
-        if type(out) is not Tensor:  # a mode has put a stand-in there
+        # new_empty takes twice as long, but knows what x is: modes may make another tensor of these
+        out = torch.empty_like(x) if outputs == columns else torch.empty(rows, outputs)
+        if type(out) is not Tensor or out.dtype is not torch.float32 or not out.is_cpu:
             return None
         self.run(at, *self.addresses, out.data_ptr(), rows, columns, outputs, 0, outputs, *self.flags)
         return out
