@@ -58,7 +58,7 @@ def _show(name: str, rows: list[dict[str, object]]) -> None:
     keys = [key for key in rows[0] if not isinstance(rows[0][key], dict | list)]
     lines = [f"\n{name}", " | ".join(keys)]
     for row in rows:
-        lines.append(" | ".join(f"{v:.4g}" if isinstance(v := row[key], float) else str(v) for key in keys))
+        lines.append(" | ".join(f"{v:.4g}" if isinstance(v := row.get(key), float) else str(v) for key in keys))
     print("\n".join(lines))  # noqa: T201
 
 
