@@ -1,6 +1,6 @@
 """Layers with experts against a loop over the experts and against dense layers: one training step, one thread.
 
-The loop is a fair one: a weight of its own for each expert, rows by index_select, results by index_add. ``dense`` has
+The loop is a fair one: a weight of its own for each expert, rows by index_select, results by index_add_. ``dense`` has
 the hidden units that are active for a token (the same operations, without a router), ``wide`` all hidden units.
 """
 
@@ -46,7 +46,7 @@ class Loop(nn.Module):
             rows, place = (chosen == e).nonzero(as_tuple=True)
             h = F.gelu(F.linear(x.index_select(0, rows), self.up[e], self.up_bias[e]))
             y = F.linear(h, self.down[e], self.down_bias[e])
-            out = out.index_add(0, rows, y * gates[rows, place, None])
+            out.index_add_(0, rows, y * gates[rows, place, None])
         return out
 
 
