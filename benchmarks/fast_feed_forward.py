@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 import statistics
@@ -62,7 +61,7 @@ def run(say: Say) -> list[dict[str, Any]]:
 
 
 def _frozen(dense: nn.Module, tree: FastFeedForward, rows: list[Tensor]) -> dict[str, float]:
-    run, out, found = copy.deepcopy(tree).frozen(), torch.empty_like(rows[0]), {}
+    run, out, found = tree.frozen(), torch.empty_like(rows[0]), {}
     ways: dict[str, Callable[[Tensor], Tensor]] = {"frozen": run, "frozen_out": lambda x: run(x, out=out)}
     for name, way in ways.items():
         one = _timed(dense, way, rows)

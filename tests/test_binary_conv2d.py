@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import weft
 from weft.errors import Unsupported, UsageError
@@ -128,7 +129,63 @@ def test_autocast():
         torch.testing.assert_close(found.float(), plain, rtol=2e-2, atol=2e-2 * float(plain.abs().max()))
 
 
+def test_what_is_kept_for_the_padding_is_exact_under_autocast_and_for_later_calls():
+    conv, x = dense(513, 8, kernel_size=3, padding=1), torch.ones(1, 513, 4, 4)
+    with torch.no_grad():
+        conv.weight.fill_(0.5)  # sums of 513 signs, which bfloat16 rounds
+        layer = BinaryConv2d.from_dense(conv, binary_inputs=True)
+        wanted = layer(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            layer.eval()(x)
+        torch.testing.assert_close(layer(x), wanted)
+
+
+@pytest.mark.parametrize("kind", [BinaryConv2d, BinaryLinear])
+def test_bits_are_made_anew_where_what_pack_has_left_changes(kind):
+    def packed(seed):
+        given = dense(8, 12, seed, kernel_size=1, bias=False)
+        if kind is BinaryLinear:
+            linear = nn.Linear(8, 12, bias=False)
+            linear.weight = nn.Parameter(given.weight[:, :, 0, 0].detach())
+            given = linear
+        return kind.from_dense(given, binary_inputs=True).pack_()
+
+    layer, x = packed(0), images(2, 8, 3, 8)
+    with torch.no_grad():
+        for assign in (False, True):
+            before, other = layer(x), packed(1 + assign)
+            layer.load_state_dict(other.state_dict(), assign=assign)
+            assert torch.equal(layer(x), other(x)) and not torch.equal(layer(x), before)
+        layer.to(torch.bfloat16)  # rounds the scales
+        assert torch.equal(layer(x), copy.deepcopy(layer)(x))
+    with torch.inference_mode():
+        layer = packed(0)
+    assert not any(t.is_inference() for t in (layer.packed, layer.scale))
+
+
+@pytest.mark.parametrize("binary_inputs", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_shapes_without_numbers(binary_inputs, packed):
+    layer, x = BinaryConv2d.from_dense(dense(), binary_inputs=binary_inputs), images(2, 8, 6, 5)
+    if packed:
+        layer.pack_()
+    for mode in (False,) if packed else (True, False):
+        layer.train(mode)
+        with torch.no_grad():
+            wanted = layer(x)
+            found = copy.deepcopy(layer).to("meta")(x.to("meta"))
+            assert found.is_meta and found.shape == wanted.shape
+            fresh = copy.deepcopy(layer)
+            traced = make_fx(fresh, tracing_mode="fake", _allow_non_fake_inputs=True)(x)
+            torch.testing.assert_close(traced(x), wanted, rtol=1e-5, atol=1e-3)
+            assert torch.equal(fresh(x), wanted)  # nothing of the mode stays
+
+
 def test_what_does_not_fit_is_refused():
+    layer = BinaryConv2d.from_dense(dense(), binary_inputs=True).eval()
+    for dtype in (torch.int64, torch.bool, torch.complex64):
+        with torch.no_grad(), pytest.raises(UsageError, match="dtype"):
+            layer(torch.ones(1, 8, 5, 5, dtype=dtype))
     with pytest.raises(Unsupported, match=r"nn\.Conv2d"):
         BinaryConv2d.from_dense(nn.Linear(2, 2))
     for binary_inputs in (False, True):

@@ -130,7 +130,8 @@ def test_nan_and_inf_are_not_skipped():
     x[0, 3] = torch.inf
     assert not torch.isfinite(skip_rows(x, weight, None, threshold)).any()
     weight[0], x[0, 0], x[0, 3] = torch.nan, 0.0, 0.0
-    assert torch.isfinite(skip_rows(x, weight, None, threshold)).all(), "a row whose input is zero is read"
+    for some in (threshold, torch.zeros(1), None):
+        assert torch.isfinite(skip_rows(x, weight, None, some)).all(), "a row whose input is zero is read"
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
@@ -372,3 +373,38 @@ def test_when_skipping_pays():
     assert worth_skipping(1, 0.5, large) and worth_skipping(8, 0.5, large) and worth_skipping(1000, 0.8, large)
     assert not worth_skipping(1, 0.1, large) and not worth_skipping(64, 0.5, large)
     assert not worth_skipping(64, 0.8, large, torch.bfloat16) and not worth_skipping(1, 0.9, 1000)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_weight_without_rows_or_columns(tokens):
+    x, bias = torch.zeros(tokens, 0), torch.randn(5)
+    assert torch.equal(skip_rows(x, torch.zeros(0, 5), bias), bias.expand(tokens, -1))
+    gate = torch.ones(tokens, 5)
+    assert torch.equal(wanted_rows(x, gate, torch.zeros(5, 0), bias), bias.expand(tokens, -1))
+    assert wanted_rows(x, x, torch.zeros(0, 0)).shape == (tokens, 0)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_is_of_no_account(default):
+    x, weight, bias, other, threshold = case(3, 40, 30)
+    rows = torch.randn(3, 30)
+    torch.set_default_dtype(default)
+    try:
+        found = skip_rows(x, weight, bias, threshold), wanted_rows(rows, x, weight, other, threshold)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    close(found[0], exact_skip(x, weight, bias, threshold), torch.float32)
+    close(found[1], exact_wanted(rows, x, weight, other, threshold), torch.float32)
+
+
+def test_biases_and_thresholds_of_other_dtypes_and_strides():
+    x, weight, bias, other, threshold = case(3, 40, 30)
+    rows = torch.randn(3, 30)
+    for change in (torch.Tensor.double, torch.Tensor.bfloat16, lambda t: torch.stack([t, -t], 1)[:, 0]):
+        b, o, t = change(bias), change(other), change(threshold)
+        close(skip_rows(x, weight, b, t), exact_skip(x, weight, b, t), torch.float32)
+        close(wanted_rows(rows, x, weight, o, t), exact_wanted(rows, x, weight, o, t), torch.float32)
+    one = torch.full((1,), 0.4).expand(40)
+    close(skip_rows(x, weight, bias[:1].expand(30), one), exact_skip(x, weight, bias[:1], one), torch.float32)
+    turned = torch.randn(30, 40).t()
+    close(wanted_rows(rows, x, turned, other, one), exact_wanted(rows, x, turned, other, one), torch.float32)

@@ -256,6 +256,25 @@ def test_an_index_that_does_not_fit_is_an_error():
         sparse.sparse_linear(x, values[1:], bias, *index)
     with pytest.raises(UsageError, match="a gradient \\[70, 39\\] of an output \\[70, 40\\]"):
         sparse.sparse_linear_backward(grad[:, 1:], x, values, *index, *turned, True, True, True)
+    starts, rows, order = turned
+    for wrong in ((starts[1:], rows, order), (starts, rows, order[1:])):
+        with pytest.raises(UsageError, match=r"give D \+ 1"):
+            sparse.sparse_linear_backward(grad, x, values, *index, *wrong, True, True, True)
+
+
+def test_the_default_dtype_is_of_no_account():
+    (x, grad, bias, values, _), _, index, turned = linear_case(40, 30, 70, 0.3)
+
+    def results():
+        backward = sparse.sparse_linear_backward(grad, x, values, *index, *turned, True, True, True)
+        return sparse.sparse_linear(x, values, bias, *index), sparse.sparse_linear(x, values, None, *index), *backward
+
+    wanted = results()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert all(torch.equal(a, b) for a, b in zip(results(), wanted, strict=True))
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_numba_is_loaded_at_the_first_use():

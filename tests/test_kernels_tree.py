@@ -205,8 +205,10 @@ def test_a_frozen_tree(outputs, bias):
         assert torch.equal(run(other).view_as(wanted), wanted)
     for out in (torch.empty(24, outputs), torch.empty(24, 2 * outputs)[:, ::2], torch.empty(outputs, 24).t()):
         assert run(x, out=out) is out and torch.equal(out, wanted)
-    parts[4].mul_(2)  # weights are where they were
-    assert torch.equal(run(x), tree_feed_forward(x, *parts, "relu"))
+    for p in parts:
+        if p is not None:
+            p.data = torch.full_like(p, torch.nan)
+    assert torch.equal(run(x), wanted)
     assert measure.operations(lambda: run(x))["total"] == 24 * 2 * (3 * 10 + 5 * (10 + outputs))
 
 
@@ -234,9 +236,103 @@ def test_a_frozen_tree_of_another_dtype_is_plain_torch(dtype):
     assert torch.equal(frozen_tree(parts, "relu")(x), tree_feed_forward(x, *parts, "relu"))
 
 
-def test_weights_of_a_frozen_tree_move_to_huge_pages_unchanged():
+def test_weights_of_a_frozen_tree_on_huge_pages():
     x, parts = case(6, 64, 512, 512, 30)  # 8 MiB up and down
-    wanted = [p.clone() for p in parts]
+    run, wanted = frozen_tree(parts, "gelu"), tree_feed_forward(x, *parts)
+    for p in parts:
+        p.share_memory_().zero_()  # which frees what was there
+    assert torch.equal(run(x), wanted)
+
+
+def test_what_a_frozen_tree_writes_may_overlap_what_it_reads():
+    memory, (_, parts) = torch.randn(33 * 10), case(3, 8, 10, 10, 1)
     run = frozen_tree(parts, "gelu")
-    assert all(torch.equal(p, q) for p, q in zip(parts, wanted, strict=True))
-    assert torch.equal(run(x), tree_feed_forward(x, *wanted))
+    for at in (0, 10, 20):
+        x, out = memory[10:-10].view(31, 10), memory[at : at + 310].view(31, 10)
+        wanted = tree_feed_forward(x, *parts)
+        assert torch.equal(run(x, out), wanted)
+
+
+@pytest.mark.filterwarnings("error")
+def test_autograd_sees_what_a_frozen_tree_writes():
+    x, parts = case(2, 3, 5, 4, 6)
+    run, out, weight = frozen_tree(parts, "gelu"), torch.empty(6, 4), torch.ones(6, 4, requires_grad=True)
+    loss = (run(x, out) * weight).sum()
+    run(2 * x, out)
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        loss.backward()
+    with torch.inference_mode():
+        kept = torch.empty(6, 4)
+        assert torch.equal(run(x, kept), run(x))
+    assert torch.equal(run(x, kept), run(x)), "an inference tensor has no version"
+
+
+def test_a_frozen_tree_inside_transforms():
+    x, parts = case(2, 3, 5, 4, 6)
+    run, wanted = frozen_tree(parts, "gelu"), tree_feed_forward(x, *parts)
+    assert torch.allclose(torch.func.vmap(run)(x), wanted)
+    with pytest.raises(UsageError, match="no derivative"):
+        torch.func.jvp(run, (x,), (x,))
+    compiled_run = torch.compile(lambda t: 2 * run(t), backend="aot_eager", fullgraph=True)
+    assert torch.allclose(compiled_run(x), 2 * wanted)
+    for wrong, out in ((None, None), ([1.0], None), (x, [1.0])):
+        with pytest.raises(UsageError, match="give a tensor"):
+            run(wrong, out)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_traced_call_is_the_operator():
+    x, parts = case(2, 3, 5, 4, 6)
+    direct = direct_tree(dict(zip(NAMES, parts, strict=True)), NAMES, "gelu")
+    for call in (frozen_tree(parts, "gelu"), lambda t: found if (found := direct(t)) is not None else 0 * t.sum() - 1):
+        with torch.no_grad():
+            traced = torch.jit.trace(call, (x,), check_trace=False)
+            found, again = traced(x), traced(2 * x)
+        if found.ndim:
+            assert torch.equal(found, tree_feed_forward(x, *parts))
+            assert torch.equal(again, tree_feed_forward(2 * x, *parts))
+        else:
+            assert found == -1
+
+
+class Wrapped(torch.Tensor):
+    """A tensor without memory of its own, as quantised ones are."""
+
+    inner: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, inner):
+        made = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+        made.inner = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return func(*(t.inner if isinstance(t, Wrapped) else t for t in args), **(kwargs or {}))
+
+
+def test_weights_without_memory_are_left_to_the_operator():
+    x, parts = case(2, 3, 5, 4, 6)
+    wanted = tree_feed_forward(x, *parts)
+    wrapped = [Wrapped(p) if k == 2 else p for k, p in enumerate(parts)]
+    with torch.no_grad():
+        assert direct_tree(dict(zip(NAMES, wrapped, strict=True)), NAMES, "gelu")(x) is None
+    run = frozen_tree([Kept(p) if k == 2 else p for k, p in enumerate(parts)], "gelu")
+    assert torch.equal(run(x), wanted)
+
+
+class Kept(Wrapped):
+    """One that stays wrapped when it is detached."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        found = super().__torch_dispatch__(func, types, args, kwargs)
+        return cls(found) if func is torch.ops.aten.detach.default else found
+
+
+def test_a_decision_of_zero_goes_right():
+    x, parts = case(3, 8, 10, 10, 4)
+    parts[0].zero_(), parts[1].zero_()
+    wanted = torch.nn.functional.gelu(x @ parts[2][-1].T + parts[3][-1]) @ parts[4][-1] + parts[5][-1]
+    for found in (tree_feed_forward(x, *parts), tree_feed_forward_reference(x, *parts, "gelu")):
+        assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-4)

@@ -180,7 +180,7 @@ class FastFeedForward(Convertible):
         return (out.to(torch.get_autocast_dtype(kind)) if lower else out).view(*x.shape[:-1], self.out_features)
 
     def frozen(self) -> Callable[..., Tensor]:
-        """Hard inference as a function of the weights where they are now, see `frozen_tree`."""
+        """Hard inference as a function of a copy of the weights, for rows that come one by one: `frozen_tree`."""
         return frozen_tree([getattr(self, name) for name in NAMES], self._kind)
 
     def all_leaves(self, x: Tensor) -> Tensor:

@@ -6,11 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from weft.errors import Unsupported, UsageError
 from weft.kernels import compiled
+from weft.kernels.compiled import FLOATS, check_tensor
 from weft.kernels.pages import make_huge
+from weft.kernels.row_skipping import differentiated
 from weft.kernels.tree import ACTIVATIONS, most_rows, native, plan_of, tree_feed_forward
 
 
@@ -33,12 +36,13 @@ def direct_tree(
     address = Tensor.data_ptr
     compiling, derivatives, autocast = torch.compiler.is_compiling, torch.is_grad_enabled, torch.is_autocast_enabled
     overridden, empty_like, single = torch.overrides.has_torch_function_unary, torch.empty_like, torch.float32
+    tracing = torch.jit.is_tracing
 
     def look(addresses: tuple[int, ...]) -> tuple[Any, ...] | None:
         nonlocal state
         parts = [parameters.get(name) for name in names]
         up, down = parts[2], parts[4]
-        if up is None or down is None or not native(parts) or not up.shape[2]:
+        if up is None or down is None or not _readable(parts) or not up.shape[2]:
             return None
         from weft.kernels.cpu import tree as loops
 
@@ -57,6 +61,7 @@ def direct_tree(
             or autocast("cpu")
             or overridden(x)
             or compiled.counting
+            or tracing()
         ):
             return None
         try:
@@ -80,16 +85,14 @@ def direct_tree(
 
 
 def frozen_tree(parts: Sequence[Tensor | None], activation: str | None) -> Callable[..., Tensor]:
-    """A function ``f(x, out=None)``, ``[..., D] -> [..., O]``, of weights that stay where they are.
+    """A function ``f(x, out=None)``, ``[..., D] -> [..., O]``, of a copy of these weights.
 
     For rows that come one by one: a call is the loop's time, that of a new tensor (or none: ``out`` is overwritten and
-    returned) and little more. Nothing is asked of a module, and of its weights only at the start, when the system is
-    asked to move them to huge pages. They are not copied: what changes them in place changes the function. It has no
-    derivative and does not follow autocast.
+    returned) and little more. Nothing is asked of a module or of its weights, whose copy nobody else can move or free;
+    the system is asked to put it on huge pages. There is no derivative, and autocast is not followed.
 
     Args:
-        parts: nodes, node_bias, up, up_bias, down, down_bias, as for `tree_feed_forward`; those that are not contiguous
-            are copied.
+        parts: nodes, node_bias, up, up_bias, down, down_bias, as for `tree_feed_forward`.
         activation: a key of `ACTIVATIONS`.
 
     Raises:
@@ -99,16 +102,19 @@ def frozen_tree(parts: Sequence[Tensor | None], activation: str | None) -> Calla
     """
     if activation is None:
         raise Unsupported("the loops do not have this activation", ", ".join(ACTIVATIONS))
-    parts = [p if p is None else make_huge(p.detach().contiguous()) for p in parts]
+    parts = [p if p is None else p.detach().clone(memory_format=torch.contiguous_format) for p in parts]
     nodes, node_bias, up, up_bias, down, down_bias = parts
     assert nodes is not None and node_bias is not None and up is not None and down is not None
     features, outputs, loop, plan, most = up.shape[2], down.shape[2], None, None, -1
-    if native(parts) and features:
+    if _readable(parts) and features:
         from weft.kernels.cpu import tree as loops
 
+        for p in parts:
+            if p is not None:
+                make_huge(p)
         loop, plan, most = loops.descend.compile(), plan_of(parts, activation), most_rows(up, down)
     address, compiling, single = Tensor.data_ptr, torch.compiler.is_compiling, torch.float32
-    overridden, empty_like = torch.overrides.has_torch_function_unary, torch.empty_like
+    overridden, empty_like, tracing = torch.overrides.has_torch_function_unary, torch.empty_like, torch.jit.is_tracing
 
     def run(x: Tensor, out: Tensor | None = None) -> Tensor:
         if (
@@ -117,19 +123,27 @@ def frozen_tree(parts: Sequence[Tensor | None], activation: str | None) -> Calla
             and x.dtype is single
             and x.is_cpu
             and x.is_contiguous()
-            and not (x.requires_grad or compiled.counting or compiling() or overridden(x))
+            and not (x.requires_grad or compiled.counting or compiling() or overridden(x) or tracing())
         ):
             shape = x.shape
             if shape and shape[-1] == features and (rows := x.numel() // features) <= most:
                 to = out
                 if to is None:
                     to = empty_like(x) if outputs == features else x.new_empty((*shape[:-1], outputs))
-                elif not _fits(to, x, outputs):
+                elif not _fits(to, x, outputs, rows):
                     to = None
                 if type(to) is Tensor:  # a mode may have put a stand-in there
-                    loop(plan, address(x), address(to), 0, rows)
-                    return to
-        if torch.is_grad_enabled() and (x.requires_grad or (out is not None and out.requires_grad)):
+                    try:
+                        loop(plan, address(x), address(to), 0, rows)
+                    except RuntimeError:  # inside torch.func's transforms there are no addresses
+                        pass
+                    else:
+                        if out is not None:
+                            increment_version(out)  # autograd refuses what it has kept of it before
+                        return to
+        for name, t in (("x", x),) if out is None else (("x", x), ("out", out)):
+            check_tensor(name, t, FLOATS)
+        if differentiated(x, out):
             raise UsageError("a frozen tree has no derivative: call the layer, or detach x and out")
         if not x.ndim or x.shape[-1] != features:
             raise UsageError(f"x {list(x.shape)}: give [..., {features}]")
@@ -145,8 +159,13 @@ def frozen_tree(parts: Sequence[Tensor | None], activation: str | None) -> Calla
     return run
 
 
-def _fits(out: Tensor, x: Tensor, outputs: int) -> bool:
-    """Whether the loop may write rows' results there."""
+def _readable(parts: Sequence[Tensor | None]) -> bool:
+    """Whether the loop may read them: other classes' tensors may have no memory of their own."""
+    return native(parts) and all(p is None or type(p) in (Tensor, nn.Parameter) for p in parts)
+
+
+def _fits(out: Tensor, x: Tensor, outputs: int, rows: int) -> bool:
+    """Whether the loop may write there: rows are written while others are still to be read."""
     return (
         type(out) is Tensor
         and out.dtype is x.dtype
@@ -154,4 +173,5 @@ def _fits(out: Tensor, x: Tensor, outputs: int) -> bool:
         and out.is_contiguous()
         and not out.requires_grad
         and out.shape == (*x.shape[:-1], outputs)
+        and (rows < 2 or (at := out.data_ptr()) >= (of := x.data_ptr()) + x.nbytes or of >= at + out.nbytes)
     )

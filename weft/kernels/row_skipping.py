@@ -228,9 +228,9 @@ def _skip_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, threshold: Tensor 
 
     (tokens, inputs), width = x.shape, weight.shape[1]
     given, whole, *others = _in_memory(x, weight, bias, threshold)
-    out = torch.empty(tokens, width)
+    out = torch.empty(tokens, width, dtype=torch.float32)
     if tokens and width:
-        block = inputs if tokens == 1 else _block(loops.CACHED, width, weight)
+        block = max(1, inputs) if tokens == 1 else _block(loops.CACHED, width, weight)
         limits = 0 if threshold is None else len(threshold)
         bias_at, threshold_at = (0 if t is None else t.data_ptr() for t in others)
         given_at, weight_at, out_at, half = given.data_ptr(), whole.data_ptr(), out.data_ptr(), x.dtype != torch.float32
@@ -253,7 +253,7 @@ def _want_cpu(x: Tensor, gate: Tensor, weight: Tensor, bias: Tensor | None, thre
 
     (outputs, width), tokens = weight.shape, len(x)
     given, whole, *others = _in_memory(x, weight, gate, bias, threshold)
-    out = torch.empty(tokens, outputs)
+    out = torch.empty(tokens, outputs, dtype=torch.float32)
     if tokens and outputs:
         block = outputs if tokens == 1 else _block(loops.CACHED, width, weight)
         limits = 0 if threshold is None else len(threshold)

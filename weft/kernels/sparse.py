@@ -152,7 +152,9 @@ def _unsigned(index: Tensor) -> Any:
 
 
 def _floats(t: Tensor | None) -> Any:
-    return torch.empty(0).numpy() if t is None else t.detach().float().contiguous().view(-1).numpy()
+    return (
+        torch.empty(0, dtype=torch.float32).numpy() if t is None else t.detach().float().contiguous().view(-1).numpy()
+    )
 
 
 @functools.lru_cache(maxsize=8)
@@ -223,6 +225,10 @@ def _linear_backward_cpu(
 
     _check(values, starts, columns)
     _check(values, other_starts, other_rows)
+    if other_starts.shape[0] != x.shape[1] + 1 or order.shape != values.shape:
+        raise UsageError(
+            f"{other_starts.shape[0]} starts of {x.shape[1]} columns, {order.numel()} places: give D + 1, K"
+        )
     _check_gradient(grad, (x.shape[0], starts.shape[0] - 1))
     (batch, features), rows = x.shape, grad.shape[1]
     arrays = _floats(grad), _floats(x), _floats(values), *map(_unsigned, index), _counting(max(rows, features, batch))
@@ -298,7 +304,7 @@ def _images(
 
 
 def _scratch(size: int, zero: bool = False) -> Any:
-    return (torch.zeros if zero else torch.empty)(size).numpy()
+    return (torch.zeros if zero else torch.empty)(size, dtype=torch.float32).numpy()
 
 
 def _in_groups(
@@ -313,8 +319,8 @@ def _in_groups(
     most = max(2, min(GROUPS, LARGEST_SUMS // max(1, sum(sizes))))
     groups = max(1, min(most, tiles))
     each = -(-tiles // groups) * width
-    first = torch.empty(x.shape if of_x and x.numel() else 0)
-    sums = [torch.zeros(groups, size) for size in sizes]
+    first = torch.empty(x.shape if of_x and x.numel() else 0, dtype=torch.float32)
+    sums = [torch.zeros(groups, size, dtype=torch.float32) for size in sizes]
     unit = _work(each, per_sample)
 
     def run(start: int, stop: int) -> None:

@@ -112,7 +112,8 @@ class SignLayer(Convertible, abc.ABC):
         differentiated = self.training or self._differentiated(x)
         if differentiated:
             self._bits = None  # the step that follows may be one that torch does not count
-        if differentiated or torch.compiler.is_compiling() or x.dtype == torch.float64 or not self.by_bits():
+        by_floats = torch.compiler.is_compiling() or x.dtype == torch.float64 or not self.by_bits()
+        if differentiated or by_floats or _stands_in(x):
             return self._by_operations(x, differentiated)
         bits = self._bits
         if bits is None or bits.state != self._state():
@@ -133,8 +134,9 @@ class SignLayer(Convertible, abc.ABC):
         if not self.as_bits():
             raise Unsupported(f"{self} takes the float weights in eval mode", "stochastic=False")
         weight = self.weight.detach()
-        self.register_buffer("packed", pack_signs(self.rows(weight)))
-        self.register_buffer("scale", self.scales(weight).float())
+        with torch.inference_mode(False):  # what is made under inference_mode does not count its changes
+            self.register_buffer("packed", pack_signs(self.rows(weight)))
+            self.register_buffer("scale", self.scales(weight).float())
         self.weight = self._bits = None
         if self.bias is not None:
             self.bias = nn.Parameter(self.bias.detach(), requires_grad=False)
@@ -146,7 +148,7 @@ class SignLayer(Convertible, abc.ABC):
         given = [t for t in (x, self.weight, self.bias) if t is not None]
         if torch.is_grad_enabled() and any(t.requires_grad for t in given):
             return True
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or _stands_in(x):
             return False
         if self.weight is not None:
             try:
@@ -166,13 +168,16 @@ class SignLayer(Convertible, abc.ABC):
         return self.from_packed(x).to(_wanted(x))
 
     def _state(self) -> tuple[Any, ...]:
-        """What is another whenever weight or bias are."""
+        """What is another whenever the weight, or what `pack_` has left, or the bias are."""
         weight, bias = self._parameters["weight"], self._parameters["bias"]
         try:
-            found = () if weight is None else (weight._version, weight.data_ptr())
+            found = self._left() if weight is None else (weight._version, weight.data_ptr())
             return found if bias is None else (*found, bias._version, bias.data_ptr())
         except RuntimeError:  # tensors made under inference_mode do not count their changes
             return (object(),)
+
+    def _left(self) -> tuple[Any, ...]:
+        return tuple([n for t in self._buffers.values() if t is not None for n in (t._version, t.data_ptr())])
 
     def _packed(self) -> _Bits:
         state, weight, bias = self._state(), self.weight, None if self.bias is None else self.bias.detach()
@@ -181,7 +186,8 @@ class SignLayer(Convertible, abc.ABC):
         else:
             packed, scale = pack_signs(self.rows(weight.detach())), self.scales(weight.detach()).float()
         matrix = self.matrix(packed, scale, None if bias is None else bias.float())
-        return _Bits(matrix, state, [p.detach() for p in (weight, bias) if p is not None])
+        made_from = (self.packed, self.scale, bias) if weight is None else (weight, bias)
+        return _Bits(matrix, state, [p.detach() for p in made_from if p is not None])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_bits": None}
@@ -248,9 +254,14 @@ class SignLinear(SignLayer):
         return sign_sums(*given) if self.inputs == "floats" else sign_product(*given, factored=self.inputs != "signs")
 
 
+def _stands_in(x: Tensor) -> bool:
+    """Whether x has a shape and no numbers: on the meta device, or of a mode's own kind of tensor."""
+    return x.is_meta or type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
 def _wanted(x: Tensor) -> torch.dtype:
     """The dtype of the output that an ordinary layer has."""
     kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+    if not x.is_meta and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
     return x.dtype

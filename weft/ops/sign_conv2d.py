@@ -9,6 +9,7 @@ Bits have no 0. A tap t of pixel p that is outside of the image counts as -1 in 
 from __future__ import annotations
 
 import abc
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from weft._keeping import plain_math
 from weft.errors import UsageError
+from weft.kernels.compiled import FLOATS, check_tensor
 from weft.kernels.sign_words import WORD, sign_words, word_product
 from weft.kernels.signs import pack_signs, unpack_signs
 from weft.kernels.sparse import conv2d_geometry
@@ -113,8 +115,13 @@ def window_means(layer: SignConv2d, x: Tensor) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     means = x.abs().unflatten(1, (layer.groups, -1)).mean(2, dtype=wide)
     box = means.new_full((layer.groups, 1, height, width), 1 / (height * width))
-    with plain_math(x.device):  # autocast would round what float sums are multiplied with
+    with _unrounded(x):  # autocast would round what float sums are multiplied with
         return layer.convolved(means, box).to(x.dtype)
+
+
+def _unrounded(x: Tensor) -> AbstractContextManager[Any]:
+    """Switches autocast off, which the meta device does not have."""
+    return nullcontext() if x.is_meta else plain_math(x.device)
 
 
 class _Windows:
@@ -128,6 +135,7 @@ class _Windows:
 
     def __call__(self, x: Tensor) -> Tensor:
         """``[B, C, H, W]`` or ``[C, H, W]`` to float32 ``[B, O, H', W']`` or ``[O, H', W']``."""
+        x = check_tensor("x", x, FLOATS)
         layer, given = self.layer, x if x.ndim == 4 else x[None]
         image = given.float()
         if layer.padding_mode != "zeros":
@@ -171,12 +179,14 @@ class _Windows:
 
     def _outside(self, height: int, width: int) -> tuple[Tensor, Tensor]:
         """Windows ``[P]`` with a tap outside, and what is to be added there, ``[P, O]``, but for the factors."""
-        if self.outside is None or self.outside[0] != (height, width):
+        found = self.outside  # read once: another thread may have images of other sides
+        if found is None or found[0] != (height, width):
             layer, left_right_top_bottom = self.layer, self._zeros()
             empty = F.pad(self.taps.new_zeros(1, 1, height, width), left_right_top_bottom, value=1.0)
-            missing = F.conv2d(empty, self.taps[:, None], None, layer.stride, 0, layer.dilation)
-            there = F.conv2d(empty, torch.ones_like(self.taps[:1, None]), None, layer.stride, 0, layer.dilation)
+            with _unrounded(empty):  # autocast would round the sums, for later calls too
+                missing = F.conv2d(empty, self.taps[:, None], None, layer.stride, 0, layer.dilation)
+                there = F.conv2d(empty, torch.ones_like(self.taps[:1, None]), None, layer.stride, 0, layer.dilation)
             places = there.flatten().nonzero().squeeze(1)
             by_place = missing.flatten(2)[0].t() * self.scale
-            self.outside = (height, width), places, by_place[places].contiguous()
-        return self.outside[1:]
+            found = self.outside = (height, width), places, by_place[places].contiguous()
+        return found[1:]

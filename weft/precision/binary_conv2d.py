@@ -161,7 +161,7 @@ def _by_windows(layer: nn.Conv2d, inputs: Tensor, filters: Tensor, sizes: Tensor
         "the padding has a magnitude": ("means = x.abs().unflatten", "means = (x.abs() + 1).unflatten",
                                         "weft.ops.sign_conv2d"),
         "floats in eval mode": ("self.binary_inputs and self.groups == 1", "False", "weft.ops.sign_conv2d"),
-        "images of one size": ("self.outside[0] != (height, width)", "False", "weft.ops.sign_conv2d"),
+        "images of one size": ("found[0] != (height, width)", "False", "weft.ops.sign_conv2d"),
     },
 )  # fmt: skip
 def exact_convolution_of_bits(seed: int) -> list[Check]:

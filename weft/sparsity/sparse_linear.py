@@ -128,7 +128,7 @@ def _masked(dense: nn.Linear, x: Tensor, g: Tensor, stored: Tensor) -> list[Tens
         "columns in the order of rows": ('"order": order.int()', '"order": order.sort().values.int()'),
         "rows not turned round": ("rows[order].int()", "rows.int()"),
         "columns unordered": ("columns.argsort(stable=True)", "columns.flip(0).argsort(stable=True)"),
-        "columns as long as rows": ("starts_of(mask.sum(0))", "starts_of(mask.sum(1))"),
+        "lengths of other columns": ("starts_of(mask.sum(0))", "starts_of(mask.sum(0).flip(0))"),
         "other weights stored": ("weight.detach()[chosen]", "weight.detach()[chosen.flip(0)]", "weft.sparsity.sparse"),
         "smallest stored": (
             "score.flatten().argsort(descending=True",
