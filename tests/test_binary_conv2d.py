@@ -181,6 +181,13 @@ def test_shapes_without_numbers(binary_inputs, packed):
             assert torch.equal(fresh(x), wanted)  # nothing of the mode stays
 
 
+def test_infinite_inputs_give_what_training_mode_gives():
+    layer, x = BinaryConv2d.from_dense(dense(), binary_inputs=True), images(1, 8, 5, 5)
+    x[0, 0, 0, 0], x[0, 0, 4, 4] = torch.inf, -torch.inf
+    with torch.no_grad():
+        torch.testing.assert_close(layer.eval()(x), layer.train()(x), equal_nan=True, rtol=1e-5, atol=1e-3)
+
+
 def test_what_does_not_fit_is_refused():
     layer = BinaryConv2d.from_dense(dense(), binary_inputs=True).eval()
     for dtype in (torch.int64, torch.bool, torch.complex64):

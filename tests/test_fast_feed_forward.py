@@ -220,3 +220,12 @@ def test_a_frozen_layer():
         FastFeedForward(20, 6, activation=nn.Tanh()).frozen()
     with pytest.raises(Unsupported, match="master leaf"):
         MasterLeafFeedForward(20, 6).frozen()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tangents_in_eval_mode_with_weights_that_do_not_learn(kind):
+    made = layer(kind, activation=nn.Tanh()).double().eval().requires_grad_(False)
+    x, t = torch.randn(2, 5, 12, dtype=torch.float64)
+    out, found = torch.func.jvp(made, (x,), (t,))
+    assert torch.allclose(out, made(x)) and found.abs().max() > 0.01
+    assert torch.allclose(found, (made(x + 1e-6 * t) - made(x - 1e-6 * t)) / 2e-6, atol=1e-6)

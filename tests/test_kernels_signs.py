@@ -10,9 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weft.errors import UsageError
-from weft.kernels import sign_words as sign_words_module
 from weft.kernels import signs as bits
-from weft.kernels.sign_words import sign_words, word_product
 from weft.kernels.signs import SignMatrix, pack_signs, sign_product, sign_sums, signs, unpack_signs
 
 WIDTHS = [0, 1, 7, 8, 63, 64, 65, 72, 128, 130, 200, 256]
@@ -135,43 +133,6 @@ def test_torch_accepts_the_operators():
         torch.library.opcheck(bits._sums, (x, packed, scale, bias), test_utils=checks)
 
 
-@given(
-    rows=st.sampled_from([0, 1, 3, 4, 5, 70, 130]), outputs=st.integers(0, 40), columns=st.integers(0, 200),
-    factored=st.booleans(), biased=st.booleans(), seed=st.integers(0, 999),
-)  # fmt: skip
-@settings(max_examples=60, deadline=None)
-def test_products_of_words(rows, outputs, columns, factored, biased, seed):
-    x, w = numbers(rows, columns, seed=seed), numbers(outputs, columns, seed=seed + 1)
-    words = sign_words(x)
-    assert torch.equal(words, sign_words_module.sign_words_reference(x))
-    packed = pack_signs(torch.nn.functional.pad(w, (0, -columns % 64), value=-1.0))
-    scale, factors = torch.rand(outputs), torch.rand(rows) if factored else None
-    bias = torch.randn(outputs) if biased else None
-    found = word_product(words, packed, scale, columns, factors=factors, bias=bias)
-    wanted = (signs(x) @ signs(w).T).double() * scale
-    wanted = wanted if factors is None else wanted * factors[:, None]
-    wanted = wanted if bias is None else wanted + bias
-    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-4)
-    plain = sign_words_module.word_product_reference(words, packed, scale, factors, bias, columns)
-    torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-4)
-
-
-def test_words_on_several_threads_and_in_other_dtypes(threads):
-    x, w, scale, found = numbers(5000, 320), numbers(71, 320, seed=1), torch.rand(71), []
-    for count in (1, 2, 3):
-        threads(count)
-        words = sign_words(x)
-        found.append((words, word_product(words, pack_signs(w), scale, 320)))
-    assert all(torch.equal(a, b) for pair in found[1:] for a, b in zip(found[0], pair, strict=True))
-    small = torch.tensor([[-1e-300, 1.0, -0.0]], dtype=torch.float64)
-    assert sign_words(small).item() == 0b110 and sign_words(small.float()).item() == 0b111
-    assert torch.equal(sign_words(x.T.bfloat16()), sign_words(x.T.contiguous()))
-    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(sign_words_module._words, (x[:4],), test_utils=checks)
-    given = words[:4], pack_signs(w), torch.rand(71), torch.rand(4), None, 320
-    torch.library.opcheck(sign_words_module._product, given, test_utils=checks)
-
-
 def test_compiled_and_exported_code_takes_an_operator_as_one_step():
     x, packed, scale = numbers(5, 70), pack_signs(numbers(9, 70)), torch.rand(9)
 
@@ -185,7 +146,6 @@ def test_compiled_and_exported_code_takes_an_operator_as_one_step():
 
 
 PACKED, ONES = torch.zeros(9 * 2, dtype=torch.uint8), torch.ones(9)
-WORDS, WIDE = torch.zeros(2, 1, dtype=torch.int64), torch.zeros(9 * 8, dtype=torch.uint8)
 
 
 @pytest.mark.parametrize(
@@ -199,12 +159,6 @@ WORDS, WIDE = torch.zeros(2, 1, dtype=torch.int64), torch.zeros(9 * 8, dtype=tor
         (lambda: sign_sums(torch.zeros(2, 16), PACKED, ONES, ONES[:8]), "bias has 8 elements for 9 outputs"),
         (lambda: sign_sums(torch.zeros(2, 16, dtype=torch.int32), PACKED, ONES), "torch.int32"),
         (lambda: SignMatrix(PACKED, ONES, None, 16, "sign"), "did you mean signs"),
-        (lambda: sign_words(torch.zeros(3)), "give 2 dimension"),
-        (lambda: word_product(torch.zeros(2, 1), PACKED, ONES, 16), "torch.float32"),
-        (lambda: word_product(WORDS, PACKED, ONES, 16), "18 bytes: the signs of 9 x 64 have 72"),
-        (lambda: word_product(WORDS, PACKED, ONES, 65), "give a whole number from 0 to 64"),
-        (lambda: word_product(WORDS, WIDE, ONES, 60, factors=ONES), "factors has 9 elements for 2 rows"),
-        (lambda: word_product(WORDS, WIDE, ONES, 60, bias=ONES[:8]), "bias has 8 elements for 9 outputs"),
     ],
 )
 def test_wrong_use_is_an_error_that_says_what_to_give(call, says):

@@ -35,6 +35,7 @@ from weft.errors import Unsupported, UsageError
 from weft.ffn.mixture import uniform
 from weft.kernels.compiled import check_whole
 from weft.kernels.direct_tree import direct_tree, frozen_tree
+from weft.kernels.row_skipping import differentiated
 from weft.kernels.tree import leaves_of, tree_feed_forward
 from weft.method import method
 from weft.ops.auxiliary import add_loss
@@ -171,8 +172,7 @@ class FastFeedForward(Convertible):
         lower = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
         with plain_math(x.device):
             rows = x.reshape(-1, x.shape[-1]).to(nodes.dtype if lower else x.dtype)
-            needs = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *leaves))
-            if needs or not self._kind:
+            if differentiated(x, *leaves) or not self._kind:
                 leaf = leaves_of(rows.detach(), nodes.detach(), node_bias.detach())
                 out = leaf_outputs(rows, leaf, *leaves, self.activation)
             else:

@@ -1,7 +1,7 @@
-"""Signs of rows as words of 64 bits, and their products with packed signs of weights.
+"""Convolutions of signs: 64 channels of a pixel in a word, windows made of words, and their products with filters.
 
-Beside `weft.kernels.signs.sign_product`, which packs what it is given: windows of an image share most of their bits, so
-that a convolution packs each pixel once, and its windows are made of words.
+Beside `weft.kernels.signs.sign_product`, which packs what it is given: windows of an image share their bits, so that
+each pixel is packed once.
 """
 
 from __future__ import annotations
@@ -12,125 +12,122 @@ from torch import Tensor
 
 from weft.errors import UsageError
 from weft.kernels.compiled import FLOATS, check_tensor, check_whole, operator, share
-from weft.kernels.signs import BLOCK, check_packed, unpack_signs, vector
+from weft.kernels.signs import BLOCK, vector
 
 WORD = 64
+PART = 64  # outputs that a part of the work has
 
 
-def sign_words(x: Tensor) -> Tensor:
-    """int64 ``[R, ceil(C / 64)]``: a bit for each of ``x [R, C]``, the lowest first, set where x >= 0; 0 beyond C.
+def image_words(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Signs of a pixel's channels, and the mean of their magnitudes.
 
     Args:
-        x: float32, float64, float16 or bfloat16.
+        x: ``[B, C, H, W]``, float32, float64, float16 or bfloat16.
+
+    Returns:
+        int64 ``[B, H, W, ceil(C / 64)]``, a bit for each channel, the lowest first, set where x >= 0, and 0 beyond C;
+        and float32 ``[B, 1, H, W]``.
 
     Raises:
         UsageError: for another dtype or number of dimensions.
     """
-    x = check_tensor("x", x, FLOATS, ndim=2)
+    x = check_tensor("x", x, FLOATS, ndim=4)
     if x.dtype == torch.float64:  # small numbers would become 0
-        return sign_words_reference(x)
-    found: Tensor = _words(x.float().contiguous())
+        return image_words_reference(x)
+    found: tuple[Tensor, Tensor] = _words(x.float().contiguous())
     return found
 
 
-def word_product(
-    words: Tensor, packed: Tensor, scale: Tensor, columns: int, *, factors: Tensor | None = None,
-    bias: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """``factors * scale * <signs of words, signs of weights> + bias``, float32 ``[R, O]``; without derivative.
+def window_product(weights: Tensor, windows: Tensor, scale: Tensor, factors: Tensor, columns: int) -> Tensor:
+    """``scale_o factors_p <signs of filter o, signs of window p>``, float32 ``[B, O, P]``; without derivative.
 
     Args:
-        words: int64 ``[R, L]``, by `sign_words`.
-        packed: by `pack_signs`, of weights ``[O, 64 L]``.
+        weights: int64 words ``[O, L]``.
+        windows: int64 words ``[B, P, L]``.
         scale: float32 ``[O]``.
-        columns: bits that count. Of the others, each is the same in words and weights.
-        factors: float32 ``[R]``.
-        bias: float32 ``[O]``.
+        factors: float32 ``[B, P]``.
+        columns: bits that count. Of the others, each is the same in weights and windows.
 
     Raises:
         UsageError: for other dtypes or numbers of elements.
     """
-    words, scale = check_tensor("words", words, (torch.int64,), ndim=2), vector("scale", scale, None)
-    length, outputs = words.shape[1], scale.shape[0]
+    weights = check_tensor("weights", weights, (torch.int64,), ndim=2)
+    windows = check_tensor("windows", windows, (torch.int64,), ndim=3)
+    outputs, length = weights.shape
+    scale, factors = vector("scale", scale, outputs), check_tensor("factors", factors, (torch.float32,), ndim=2)
+    if windows.shape[2] != length or factors.shape != windows.shape[:2]:
+        found = f"weights {list(weights.shape)}, windows {list(windows.shape)}, factors {list(factors.shape)}"
+        raise UsageError(f"{found}: give [O, L], [B, P, L] and [B, P]")
     check_whole("columns", columns, 0, WORD * length)
-    packed = check_packed(packed, outputs, WORD * length)
-    bias = None if bias is None else vector("bias", bias, outputs)
-    if factors is not None and (factors := vector("factors", factors, None)).shape[0] != words.shape[0]:
-        raise UsageError(f"factors has {factors.shape[0]} elements for {words.shape[0]} rows")
-    found: Tensor = _product(words.contiguous(), packed, scale, factors, bias, columns)
-    return found
+    found_: Tensor = _product(weights.contiguous(), windows.contiguous(), scale, factors.contiguous(), columns)
+    return found_
 
 
-def sign_words_reference(x: Tensor) -> Tensor:
-    """`sign_words` in plain torch."""
-    bits = F.pad((x >= 0).long(), (0, -x.shape[1] % WORD)).view(x.shape[0], -(-x.shape[1] // WORD), WORD)
-    return (bits << torch.arange(WORD, device=x.device)).sum(2)
+def image_words_reference(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`image_words` in plain torch."""
+    bits = F.pad((x >= 0).long().movedim(1, 3), (0, -x.shape[1] % WORD)).unflatten(3, (-(-x.shape[1] // WORD), WORD))
+    means = x.abs().sum(1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)) / max(x.shape[1], 1)
+    return (bits << torch.arange(WORD, device=x.device)).sum(4), means.float()
 
 
-def word_product_reference(
-    words: Tensor, packed: Tensor, scale: Tensor, factors: Tensor | None, bias: Tensor | None, columns: int
-) -> Tensor:
-    """`word_product` in plain torch."""
-    given = (2.0 * (words[:, :, None] >> torch.arange(WORD, device=words.device) & 1) - 1).flatten(1)
-    weights = unpack_signs(packed, len(scale), given.shape[1])
-    y = (given @ weights.T - (given.shape[1] - columns)) * scale
-    y = y if factors is None else y * factors[:, None]
-    return y if bias is None else y + bias
+def window_product_reference(weights: Tensor, windows: Tensor, scale: Tensor, factors: Tensor, columns: int) -> Tensor:
+    """`window_product` in plain torch."""
+    a, b = (
+        (2.0 * (t[..., None] >> torch.arange(WORD, device=t.device) & 1) - 1).flatten(-2) for t in (weights, windows)
+    )
+    return (a @ b.mT - (a.shape[-1] - columns)) * scale[:, None] * factors[:, None]
 
 
-def _words_fake(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], (x.shape[1] + WORD - 1) // WORD, dtype=torch.int64)
+def _words_fake(x: Tensor) -> tuple[Tensor, Tensor]:
+    batch, channels, height, width = x.shape
+    words = x.new_empty(batch, height, width, (channels + WORD - 1) // WORD, dtype=torch.int64)
+    return words, x.new_empty(batch, 1, height, width)
 
 
-def _product_fake(
-    words: Tensor, packed: Tensor, scale: Tensor, factors: Tensor | None, bias: Tensor | None, columns: int
-) -> Tensor:
-    return scale.new_empty(words.shape[0], scale.shape[0])
+def _product_fake(weights: Tensor, windows: Tensor, scale: Tensor, factors: Tensor, columns: int) -> Tensor:
+    return scale.new_empty(windows.shape[0], weights.shape[0], windows.shape[1])
 
 
-def _words_cpu(x: Tensor) -> Tensor:
+def _words_cpu(x: Tensor) -> tuple[Tensor, Tensor]:
     from weft.kernels.cpu import sign_words as loops
 
-    found, (rows, columns) = _words_fake(x), x.shape
-    source, target, line = x.data_ptr(), found.data_ptr(), 8 * found.shape[1]
-
-    def run(start: int, stop: int) -> None:
-        first, last = start // columns, stop // columns
-        loops.words(source + 4 * columns * first, target + line * first, last - first, columns)
-
-    if columns:
-        share(run, rows * columns, columns)
-    return found
+    words, means = _words_fake(x)
+    batch, channels, pixels = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
+    args, cost = (x.data_ptr(), words.data_ptr(), means.data_ptr(), channels, pixels), max(1, channels * pixels)
+    share(lambda start, stop: loops.image_words(*args, start // cost, stop // cost), batch * cost, cost)
+    return words, means
 
 
-def _product_cpu(
-    words: Tensor, packed: Tensor, scale: Tensor, factors: Tensor | None, bias: Tensor | None, columns: int
-) -> Tensor:
+def _product_cpu(weights: Tensor, windows: Tensor, scale: Tensor, factors: Tensor, columns: int) -> Tensor:
     from weft.kernels.cpu import sign_words as loops
 
-    found, (rows, length) = _product_fake(words, packed, scale, factors, bias, columns), words.shape
-    parts = [0 if t is None else t.data_ptr() for t in (words, packed, scale, factors, bias, found)]
-    outputs, cost = scale.shape[0], rows * (length // 4 + 1)
-
-    def run(start: int, stop: int) -> None:
-        loops.product(*parts, rows, length, columns, outputs, start // cost, stop // cost)
-
-    if rows:
-        share(run, outputs * cost, BLOCK * cost)
+    found, (batch, places, length) = _product_fake(weights, windows, scale, factors, columns), windows.shape
+    outputs, height, left = weights.shape[0], min(places, BLOCK), places % BLOCK
+    if places > BLOCK and left:  # eight at once cost less than the last few one by one
+        windows = torch.cat([windows[:, : places - left], windows[:, -BLOCK:]], 1)
+    blocks = windows.unflatten(1, (-1, height)).transpose(2, 3).contiguous() if places else windows
+    parts = [t.data_ptr() for t in (weights, blocks, scale, factors, found)]
+    parts += [outputs, places, length, columns]
+    cost = max(1, PART * places * (length // 4 + 1))
+    share(
+        lambda start, stop: loops.window_product(*parts, start // cost, stop // cost),
+        batch * -(-outputs // PART) * cost,
+        cost,
+    )
     return found
 
 
 _words = operator(
-    "sign_words(Tensor x) -> Tensor",
-    sign_words_reference,
+    "image_words(Tensor x) -> (Tensor, Tensor)",
+    image_words_reference,
     fake=_words_fake,
     cpu=_words_cpu,
-    cuda=sign_words_reference,
+    cuda=image_words_reference,
 )
 _product = operator(
-    "word_product(Tensor words, Tensor packed, Tensor scale, Tensor? factors, Tensor? bias, int columns) -> Tensor",
-    word_product_reference,
+    "window_product(Tensor weights, Tensor windows, Tensor scale, Tensor factors, int columns) -> Tensor",
+    window_product_reference,
     fake=_product_fake,
     cpu=_product_cpu,
-    cuda=word_product_reference,
+    cuda=window_product_reference,
 )

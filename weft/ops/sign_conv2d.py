@@ -9,6 +9,7 @@ Bits have no 0. A tap t of pixel p that is outside of the image counts as -1 in 
 from __future__ import annotations
 
 import abc
+import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -19,8 +20,8 @@ from torch import Tensor, nn
 from weft._keeping import plain_math
 from weft.errors import UsageError
 from weft.kernels.compiled import FLOATS, check_tensor
-from weft.kernels.sign_words import WORD, sign_words, word_product
-from weft.kernels.signs import pack_signs, unpack_signs
+from weft.kernels.sign_words import image_words, window_product
+from weft.kernels.signs import unpack_signs
 from weft.kernels.sparse import conv2d_geometry
 from weft.ops.borders import bordered, borders
 from weft.ops.packed_signs import SignLayer
@@ -125,43 +126,42 @@ def _unrounded(x: Tensor) -> AbstractContextManager[Any]:
 
 
 class _Windows:
-    """Weights as bits, channels filled up to whole words, and what the padding adds for the last size of images."""
+    """Filters as words, and what the padding adds for the last size of images."""
 
     def __init__(self, layer: SignConv2d, signs: Tensor, scale: Tensor, bias: Tensor | None) -> None:
         self.layer, self.scale, self.bias = layer, scale, bias
-        rows = F.pad(signs.permute(0, 2, 3, 1), (0, -signs.shape[1] % WORD), value=-1.0)
-        self.packed, self.taps = pack_signs(rows.flatten(1)), signs.sum(1)  # [O, kh, kw]
-        self.outside: tuple[tuple[int, int], Tensor, Tensor] | None = None  # of images of these sides
+        self.filters, self.taps = image_words(signs)[0].flatten(1), signs.sum(1)  # [O, kh kw words], [O, kh, kw]
+        self.box = signs.new_full((1, 1, *layer.kernel_size), 1 / math.prod(layer.kernel_size))
+        self.missing: tuple[tuple[int, int], Tensor] | None = None  # for images of these sides
 
     def __call__(self, x: Tensor) -> Tensor:
         """``[B, C, H, W]`` or ``[C, H, W]`` to float32 ``[B, O, H', W']`` or ``[O, H', W']``."""
-        x = check_tensor("x", x, FLOATS)
-        layer, given = self.layer, x if x.ndim == 4 else x[None]
-        image = given.float()
+        layer, x = self.layer, check_tensor("x", x, FLOATS)
+        image = (x if x.ndim == 4 else x[None]).float()
         if layer.padding_mode != "zeros":
             image = bordered(image, layer.border, layer.padding_mode)
-        batch, channels, height, width = image.shape
-        pixels = image.permute(0, 2, 3, 1).reshape(batch * height * width, channels)
-        words = sign_words(pixels).view(batch, height, width, -(-channels // WORD))
-        left, right, top, bottom = self._zeros()
-        words = F.pad(words, (0, 0, left, right, top, bottom))
-        (down, across), (kh, kw), strides = self._places(words), layer.kernel_size, words.stride()
-        windows = words.as_strided(
-            (batch, down, across, kh, kw, words.shape[3]),
-            (
-                strides[0], strides[1] * layer.stride[0], strides[2] * layer.stride[1], strides[1] * layer.dilation[0],
-                strides[2] * layer.dilation[1], 1,
-            ),
-        ).reshape(batch * down * across, kh * kw * words.shape[3])  # fmt: skip
-        factors = window_means(layer, given.float()).flatten()
-        y = word_product(windows, self.packed, self.scale, channels * kh * kw, factors=factors, bias=self.bias)
-        y = y.view(batch, down * across, len(self.scale))
-        if left or right or top or bottom:
-            places, missing = self._outside(height, width)
-            y[:, places] += missing * factors.view(y.shape[:2])[:, places, None]
-        y = y.view(batch, down, across, len(self.scale)).permute(0, 3, 1, 2)
-        last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-        y = y if last else y.contiguous()
+        (words, means), zeros = image_words(image), self._zeros()
+        words, means = F.pad(words, (0, 0, *zeros)), F.pad(means, zeros)
+        (batch, height, width, count), (kh, kw), strides = words.shape, layer.kernel_size, words.stride()
+        how = [kh, kw], [*layer.stride], [0, 0], [*layer.dilation]
+        down, across = conv2d_geometry((1, 1, height, width), *how)[1]
+        between = strides[0], strides[1] * layer.stride[0], strides[2] * layer.stride[1]
+        inside = strides[1] * layer.dilation[0], strides[2] * layer.dilation[1], 1
+        windows = words.as_strided((batch, down, across, kh, kw, count), (*between, *inside))
+        windows = windows.reshape(batch, down * across, kh * kw * count)
+        with _unrounded(x):
+            factors = F.conv2d(means, self.box, None, layer.stride, 0, layer.dilation).flatten(1)
+        given, columns = (self.filters, windows, self.scale), image.shape[1] * kh * kw
+        if any(zeros):
+            y = window_product(*given, torch.ones_like(factors), columns)
+            y.add_(self._missing(image.shape[2], image.shape[3])).mul_(factors[:, None])
+        else:
+            y = window_product(*given, factors, columns)
+        if self.bias is not None:
+            y += self.bias[:, None]
+        y = y.view(batch, len(self.scale), down, across)
+        if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+            return y.contiguous(memory_format=torch.channels_last)
         return y if x.ndim == 4 else y[0]
 
     def _zeros(self) -> tuple[int, int, int, int]:
@@ -171,22 +171,12 @@ class _Windows:
             return 0, 0, 0, 0
         return layer.border or (layer.padding[1], layer.padding[1], layer.padding[0], layer.padding[0])
 
-    def _places(self, image: Tensor) -> list[int]:
-        """Windows down and across an image ``[B, H, W, ...]`` whose border is there."""
-        layer, shape = self.layer, (1, 1, *image.shape[1:3])
-        how = [*layer.kernel_size], [*layer.stride], [0, 0], [*layer.dilation]
-        return list(conv2d_geometry(shape, *how)[1])
-
-    def _outside(self, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """Windows ``[P]`` with a tap outside, and what is to be added there, ``[P, O]``, but for the factors."""
-        found = self.outside  # read once: another thread may have images of other sides
+    def _missing(self, height: int, width: int) -> Tensor:
+        """What is to be added to the outputs' windows ``[O, P]`` for taps outside, before factors."""
+        found = self.missing  # read once: another thread may have images of other sides
         if found is None or found[0] != (height, width):
-            layer, left_right_top_bottom = self.layer, self._zeros()
-            empty = F.pad(self.taps.new_zeros(1, 1, height, width), left_right_top_bottom, value=1.0)
-            with _unrounded(empty):  # autocast would round the sums, for later calls too
-                missing = F.conv2d(empty, self.taps[:, None], None, layer.stride, 0, layer.dilation)
-                there = F.conv2d(empty, torch.ones_like(self.taps[:1, None]), None, layer.stride, 0, layer.dilation)
-            places = there.flatten().nonzero().squeeze(1)
-            by_place = missing.flatten(2)[0].t() * self.scale
-            found = self.outside = (height, width), places, by_place[places].contiguous()
-        return found[1:]
+            outside = F.pad(self.taps.new_zeros(1, 1, height, width), self._zeros(), value=1.0)
+            with _unrounded(outside):  # autocast would round the sums, for later calls too
+                sums = F.conv2d(outside, self.taps[:, None], None, self.layer.stride, 0, self.layer.dilation)
+            found = self.missing = (height, width), sums.flatten(2)[0] * self.scale[:, None]
+        return found[1]

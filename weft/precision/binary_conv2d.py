@@ -116,7 +116,7 @@ def _case(seed: int, kind: int, dtype: torch.dtype = torch.float64) -> tuple[nn.
     with torch.no_grad():
         for p in layer.parameters():
             p.copy_(numbers(*p.shape))
-    return layer, numbers(2, channels, 6 + seed % 3, 5 + seed % 4)
+    return layer, numbers(2, channels, 6 + seed % 3, 9 + seed % 4)
 
 
 def _windows(layer: nn.Conv2d, image: Tensor) -> Tensor:
@@ -152,16 +152,15 @@ def _by_windows(layer: nn.Conv2d, inputs: Tensor, filters: Tensor, sizes: Tensor
     row=288,
     budget=2.0,
     mutants={
-        "the padding counts": ("y[:, places] += missing", "y[:, places] += 0 * missing", "weft.ops.sign_conv2d"),
+        "the padding counts": ("[0] * self.scale[:, None]", "[0] * 0", "weft.ops.sign_conv2d"),
         "windows of other images": ("strides[1] * layer.stride[0]", "strides[1]", "weft.ops.sign_conv2d"),
         "taps mixed up": ("(0, 2, 3, 1).flatten(1)", "(0, 3, 2, 1).flatten(1)", "weft.ops.sign_conv2d"),
-        "channels filled up with ones": ("% WORD), value=-1.0)", "% WORD), value=1.0)", "weft.ops.sign_conv2d"),
-        "K of the whole image": ("factors=factors, bias", "factors=0 * factors + factors.mean(), bias",
-                                 "weft.ops.sign_conv2d"),
-        "the padding has a magnitude": ("means = x.abs().unflatten", "means = (x.abs() + 1).unflatten",
-                                        "weft.ops.sign_conv2d"),
+        "channels that are not there": ("image.shape[1] * kh * kw", "64 * count * kh * kw", "weft.ops.sign_conv2d"),
+        "K of the whole image": ("mul_(factors[:, None])", "mul_(factors.mean())", "weft.ops.sign_conv2d"),
+        "the padding has a size": ("F.pad(means, zeros)", "F.pad(means, zeros, value=9.0)", "weft.ops.sign_conv2d"),
         "floats in eval mode": ("self.binary_inputs and self.groups == 1", "False", "weft.ops.sign_conv2d"),
-        "images of one size": ("found[0] != (height, width)", "False", "weft.ops.sign_conv2d"),
+        "images of one size": ("found[0] != (height, width)", "math.prod(found[0]) != height * width",
+                               "weft.ops.sign_conv2d"),
     },
 )  # fmt: skip
 def exact_convolution_of_bits(seed: int) -> list[Check]:
@@ -174,7 +173,7 @@ def exact_convolution_of_bits(seed: int) -> list[Check]:
         nonlocal runs
         runs += 1
 
-    with loops.product.followed(count), torch.no_grad():
+    with loops.window_product.followed(count), torch.no_grad():
         for kind in range(len(CASES)):
             dense, x = _case(seed, kind, torch.float32)
             dense.weight.copy_(torch.where(dense.weight >= 0, 0.5, -0.5))
@@ -183,7 +182,7 @@ def exact_convolution_of_bits(seed: int) -> list[Check]:
             layer = BinaryConv2d.from_dense(dense, binary_inputs=True).eval()
             magnitude = 3.0 * layer.kernel_size[0] * layer.kernel_size[1]  # a window on the border keeps a whole number
             packed = copy.deepcopy(layer).pack_()
-            for rows in (x[:1, :, 1:, 1:], x, x[0]):
+            for rows in (x[:1, :, 1:, 1:], x, x[0], *([x.mT] if kind == 0 else [])):
                 signs = torch.where(rows >= 0, 1.0, -1.0)
                 one = signs if rows.ndim == 4 else signs[None]
                 wanted = _by_windows(dense, one, dense.weight, one.abs() * magnitude)
