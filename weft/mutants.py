@@ -28,12 +28,12 @@ def mutated(owner: Card, one: ClaimCard, mutant: str) -> types.ModuleType:
     spec = importlib.util.find_spec(elsewhere[0])
     if spec is None or spec.origin is None:
         raise WeftError(f"mutant {mutant!r} of {one.function} names no module: {elsewhere[0]!r}")
-    _replaced(elsewhere[0], Path(spec.origin), old, new)
-    untouched = {elsewhere[0], "weft.errors", "weft.cards", "weft.method", "weft.mutants", "weft.claim"}
+    untouched = {"weft.errors", "weft.cards", "weft.method", "weft.mutants", "weft.claim"}
     untouched.add("weft.kernels.compiled")  # it knows which operators torch has
     for loaded in [n for n in sys.modules if n.startswith("weft.") and n not in untouched]:
-        del sys.modules[loaded]
+        del sys.modules[loaded]  # before the change is run: a class that both import must be one class
     sys.modules.pop(owner.module, None)
+    _replaced(elsewhere[0], Path(spec.origin), old, new)
     return importlib.import_module(owner.module)
 
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,7 @@ from weft.claim import Check, claim
 from weft.errors import UsageError
 from weft.kernels.signs import signs
 from weft.method import method
-from weft.ops.packed_signs import SignLinear
+from weft.ops.packed_signs import SignLayer, SignLinear
 from weft.ops.straight_through import straight_through
 from weft.precision import binary_linear
 from weft.testing.example import Example
@@ -44,9 +45,8 @@ def drawn_signs(weight: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(u < (weight.float() + 1) / 2, 1.0, -1.0).to(weight.dtype)
 
 
-@method("binary-connect", contract="layer", family="precision", papers=[100])
-class BinaryConnect(SignLinear):
-    """An ``nn.Linear`` that multiplies by -1 and 1 alone, on the same parameters.
+class ConnectedSigns(SignLayer):
+    """What multiplies by -1 and 1 alone, on an ordinary layer's parameters; beside the base of a kind of layer.
 
     Where signs are drawn, ``torch.compile`` leaves the draw to plain torch, and refuses it under ``fullgraph=True``.
     Transformations of `torch.func` refuse it in training, and clipping of weights that they are not given: `clip_` them
@@ -69,13 +69,18 @@ class BinaryConnect(SignLinear):
         self, layer: nn.Module, *, stochastic: bool = False, scale: float | None = None, seed: int = 0
     ) -> None:
         super().__init__(layer)
-        self.factor = math.sqrt(1.5 / max(1, self.in_features + self.out_features)) if scale is None else float(scale)
+        self.factor = math.sqrt(1.5 / max(1, self.fans())) if scale is None else float(scale)
         if not self.factor > 0 or math.isinf(self.factor):
             raise UsageError(f"scale={scale!r}: give a number above 0, or None")
         self.stochastic, self.seed = bool(stochastic), int(seed)
         if stochastic:
             self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
         self.register_state_dict_pre_hook(_clip_before)
+
+    def fans(self) -> int:
+        """D + O: of convolutions with all taps, as the authors' code has it."""
+        outputs, inputs, *taps = cast(Tensor, self.weight).shape
+        return (inputs + outputs) * math.prod(taps)
 
     def extra_repr(self) -> str:
         """Sizes, H and how signs are found."""
@@ -105,20 +110,17 @@ class BinaryConnect(SignLinear):
                 return
         weight.clamp_(-1, 1)
 
-    def differentiable(self, x: Tensor) -> Tensor:
-        """By the real weights."""
+    def multiplied(self) -> Tensor:
+        """W_b, or in eval mode W where signs are drawn in training; in W's shape, with its gradient."""
         assert self.weight is not None
         if self.training:
             self.clip_()
         weight: Tensor = self.weight
         if not self.stochastic:
-            weight = straight_through(signs(weight.detach()), weight)
-        elif self.training:
-            weight = straight_through(self._draw(), weight)
-        else:
-            weight = weight.clamp(-1, 1)
-        y = F.linear(x, weight) * self.factor
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+            return straight_through(signs(weight.detach()), weight)
+        if self.training:
+            return straight_through(self._draw(), weight)
+        return weight.clamp(-1, 1)
 
     def _draw(self) -> Tensor:
         assert self.weight is not None
@@ -127,8 +129,18 @@ class BinaryConnect(SignLinear):
         return drawn_signs(self.weight.detach(), torch.Generator().manual_seed(key))
 
 
-def _clip_before(layer: BinaryConnect, prefix: str, keep: bool) -> None:
+def _clip_before(layer: ConnectedSigns, prefix: str, keep: bool) -> None:
     layer.clip_()
+
+
+@method("binary-connect", contract="layer", family="precision", papers=[100])
+class BinaryConnect(ConnectedSigns, SignLinear):
+    """An ``nn.Linear`` that multiplies by -1 and 1 alone, on the same parameters; see `ConnectedSigns`."""
+
+    def differentiable(self, x: Tensor) -> Tensor:
+        """By the real weights."""
+        y = F.linear(x, self.multiplied()) * self.factor
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 def example() -> Example:
@@ -196,8 +208,11 @@ def only_signs(seed: int) -> list[Check]:
         "twice as sure": ("(weight.float() + 1) / 2", "(2 * weight.float() + 1) / 2"),
         "shifted": ("(weight.float() + 1) / 2", "(weight.float() + 1.06) / 2"),
         "the same draw each time": ("self.draws += 1", "self.draws += 0"),
-        "half of them drawn": ("elif self.training:", "elif self.training and int(self.draws) < 5:"),
-        "signs in eval mode": ("weight = weight.clamp(-1, 1)", "weight = signs(weight)"),
+        "half of them drawn": (
+            "if self.training:\n            return",
+            "if self.training and int(self.draws) < 5:\n            return",
+        ),
+        "signs in eval mode": ("return weight.clamp(-1, 1)", "return signs(weight)"),
     },
 )
 def right_on_average(seed: int) -> list[Check]:
