@@ -11,6 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import weft
 from weft.errors import Unsupported, UsageError
+from weft.precision.binary_connect_conv2d import BinaryConnectConv2d
 from weft.precision.binary_conv2d import BinaryConv2d
 from weft.precision.binary_linear import BinaryLinear
 
@@ -229,3 +230,37 @@ def test_a_converted_network_learns():
         before = model(test)
         model[2].pack_()
         torch.testing.assert_close(model(test), before)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")  # torch's own layer
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_connected_filters(how, dtype):
+    conv, x = dense(**how).to(dtype), images(2, 8, 7, 6).to(dtype)
+    made, same = BinaryConnectConv2d.from_dense(conv), copy.deepcopy(conv)
+    assert made.factor == pytest.approx((1.5 / (conv.weight[0, 0].numel() * sum(conv.weight.shape[:2]))) ** 0.5)
+    with torch.no_grad():
+        same.weight.copy_(torch.where(conv.weight >= 0, made.factor, -made.factor))
+        wanted = same(x)
+        tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+        torch.testing.assert_close(made(x), wanted, **tolerance)
+        for layer in (made.eval(), copy.deepcopy(made).pack_()):
+            torch.testing.assert_close(layer(x), wanted, **tolerance)
+            torch.testing.assert_close(layer(x[0]), wanted[0], **tolerance)
+        exported = torch.export.export(made, (x,)).module()
+        torch.testing.assert_close(exported(x), wanted, **tolerance)
+    assert made.weight is conv.weight and conv.weight.abs().max() <= 1
+
+
+def test_drawn_filters_repeat_with_the_state():
+    layer, x = BinaryConnectConv2d.from_dense(dense(), stochastic=True, seed=5), images(2, 8, 6, 5)
+    state = copy.deepcopy(layer.state_dict())
+    first, second = layer(x), layer(x)
+    layer.load_state_dict(state)
+    assert torch.equal(layer(x), first) and not torch.equal(first, second)
+    with pytest.raises(Unsupported, match="stochastic=False"):
+        layer.pack_()
+    with pytest.raises(UsageError, match="scale"):
+        BinaryConnectConv2d.from_dense(dense(), scale=0.0)
+    with pytest.raises(UsageError, match="8"):
+        layer(x[:, :7])
