@@ -22,7 +22,7 @@ from weft.errors import UsageError
 from weft.kernels.compiled import FLOATS, check_tensor
 from weft.kernels.sign_words import image_words, window_product
 from weft.kernels.signs import unpack_signs
-from weft.kernels.sparse import conv2d_geometry
+from weft.kernels.sparse_reference import conv2d_geometry
 from weft.ops.borders import bordered, borders
 from weft.ops.packed_signs import SignLayer
 

@@ -10,7 +10,7 @@ padding stay 0: they come around the signs, as in the authors' code, and around 
 
 In eval mode, where no gradient is asked for, a layer with binary inputs and one group packs each pixel's channels into
 words once and makes windows of these; filters alone of one bit are multiplied as floats, and are small once packed.
-Channels fill whole words of 64: with fewer, the ordinary layer is faster. The first layer, on an image, stays in
+Channels fill whole words of 64: with fewer than 32 or so, the ordinary layer is faster. The first layer stays in
 floats, and BatchNorm comes before the signs.
 
 Paper: "XNOR-Net: ImageNet Classification Using Binary Convolutional Neural Networks", Mohammad Rastegari, Vicente

@@ -29,7 +29,7 @@ from torch.nn.grad import conv2d_weight
 
 from weft.claim import Check, claim
 from weft.errors import DataError
-from weft.kernels.sparse import conv2d_geometry
+from weft.kernels.sparse_reference import conv2d_geometry
 from weft.measure import operations
 from weft.method import method
 from weft.ops.borders import bordered, borders
