@@ -258,6 +258,8 @@ def test_drawn_filters_repeat_with_the_state():
     first, second = layer(x), layer(x)
     layer.load_state_dict(state)
     assert torch.equal(layer(x), first) and not torch.equal(first, second)
+    layer.load_state_dict(state)
+    torch.testing.assert_close(torch.compile(layer, backend="aot_eager")(x), first)
     with pytest.raises(Unsupported, match="stochastic=False"):
         layer.pack_()
     with pytest.raises(UsageError, match="scale"):

@@ -110,19 +110,20 @@ class ConnectedSigns(SignLayer):
                 return
         weight.clamp_(-1, 1)
 
-    def multiplied(self) -> Tensor:
-        """W_b, or in eval mode W where signs are drawn in training; in W's shape, with its gradient."""
+    def multiplied(self, drawn: Tensor | None) -> Tensor:
+        """W_b, given what `draw` gives, or in eval mode W where signs are drawn in training; with W's gradient."""
         assert self.weight is not None
         if self.training:
             self.clip_()
         weight: Tensor = self.weight
         if not self.stochastic:
             return straight_through(signs(weight.detach()), weight)
-        if self.training:
-            return straight_through(self._draw(), weight)
-        return weight.clamp(-1, 1)
+        return weight.clamp(-1, 1) if drawn is None else straight_through(drawn, weight)
 
-    def _draw(self) -> Tensor:
+    def draw(self) -> Tensor | None:
+        """Signs for one pass in training, where they are drawn: by themselves, as no compiler takes their generator."""
+        if not (self.stochastic and self.training):
+            return None
         assert self.weight is not None
         key = (self.seed * 0x9E3779B97F4A7C15 + int(self.draws)) & (1 << 63) - 1
         self.draws += 1
@@ -139,7 +140,7 @@ class BinaryConnect(ConnectedSigns, SignLinear):
 
     def differentiable(self, x: Tensor) -> Tensor:
         """By the real weights."""
-        y = F.linear(x, self.multiplied()) * self.factor
+        y = F.linear(x, self.multiplied(self.draw())) * self.factor
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
@@ -155,7 +156,7 @@ def example() -> Example:
     budget=2.0,
     mutants={
         "real weights": ("straight_through(signs(weight.detach()), weight)", "weight * 1"),
-        "drawn halves": ("straight_through(self._draw(), weight)", "straight_through(self._draw() * 0.5, weight)"),
+        "drawn halves": ("straight_through(drawn, weight)", "straight_through(drawn * 0.5, weight)"),
         "sign of 0 is 0": ("signs(weight.detach())", "weight.detach().sign()"),
         "not clipped": ("weight.clamp_(-1, 1)", "weight.clamp_(-2, 2)"),
         "clipped too far": ("weight.clamp_(-1, 1)", "weight.clamp_(-0.9, 0.9)"),
@@ -209,10 +210,10 @@ def only_signs(seed: int) -> list[Check]:
         "shifted": ("(weight.float() + 1) / 2", "(weight.float() + 1.06) / 2"),
         "the same draw each time": ("self.draws += 1", "self.draws += 0"),
         "half of them drawn": (
-            "if self.training:\n            return",
-            "if self.training and int(self.draws) < 5:\n            return",
+            "if not (self.stochastic and self.training):",
+            "if not (self.stochastic and self.training and int(self.draws) < 5):",
         ),
-        "signs in eval mode": ("return weight.clamp(-1, 1)", "return signs(weight)"),
+        "signs in eval mode": ("return weight.clamp(-1, 1) if", "return signs(weight) if"),
     },
 )
 def right_on_average(seed: int) -> list[Check]:

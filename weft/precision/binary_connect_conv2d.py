@@ -36,7 +36,7 @@ class BinaryConnectConv2d(ConnectedSigns, SignConv2d):
 
     def differentiable(self, x: Tensor) -> Tensor:
         """By the real filters."""
-        y = self.convolved(x if x.ndim == 4 else x[None], self.multiplied()) * self.factor
+        y = self.convolved(x if x.ndim == 4 else x[None], self.multiplied(self.draw())) * self.factor
         y = y if self.bias is None else y + self.bias[:, None, None].to(y.dtype)
         return y if x.ndim == 4 else y[0]
 
@@ -60,11 +60,11 @@ def example() -> Example:
             "straight_through(signs(weight.detach()), weight)", "weight * 1", "weft.precision.binary_connect"
         ),
         "drawn anew on the way back": (
-            "straight_through(self._draw(), weight)", "self._draw() * weight", "weft.precision.binary_connect"
+            "straight_through(drawn, weight)", "drawn * weight", "weft.precision.binary_connect"
         ),
         "not clipped": ("weight.clamp_(-1, 1)", "weight.clamp_(-2, 2)", "weft.precision.binary_connect"),
         "H of one tap": ("* math.prod(taps)", "", "weft.precision.binary_connect"),
-        "H twice": ("self.multiplied()) * self.factor", "self.multiplied()) * self.factor**2"),
+        "H twice": ("self.draw())) * self.factor", "self.draw())) * self.factor**2"),
         "H in the bias": ("y + self.bias[:, None, None].to(y.dtype)", "y + self.factor * self.bias[:, None, None]"),
         "packed without H": ("self.signs_of(self.packed) * self.scale.float()[:, None, None, None]",
                              "self.signs_of(self.packed)", "weft.ops.sign_conv2d"),
