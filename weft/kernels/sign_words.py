@@ -59,8 +59,8 @@ def window_product(weights: Tensor, windows: Tensor, scale: Tensor, factors: Ten
         found = f"weights {list(weights.shape)}, windows {list(windows.shape)}, factors {list(factors.shape)}"
         raise UsageError(f"{found}: give [O, L], [B, P, L] and [B, P]")
     check_whole("columns", columns, 0, WORD * length)
-    found_: Tensor = _product(weights.contiguous(), windows.contiguous(), scale, factors.contiguous(), columns)
-    return found_
+    y: Tensor = _product(weights.contiguous(), windows.contiguous(), scale, factors.contiguous(), columns)
+    return y
 
 
 def image_words_reference(x: Tensor) -> tuple[Tensor, Tensor]:
