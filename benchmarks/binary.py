@@ -29,9 +29,9 @@ TARGETS = {1024: (18.0, 25.0), 2048: (40.0, 50.0), 4096: (55.0, 80.0)}  # at bat
 def run(say: Callable[[str], None]) -> list[dict[str, Any]]:
     """Square layers n x n, in eval mode under `torch.inference_mode`, each called as a user calls it.
 
-    Ways: binary inputs by the layer's call, by its matrix and by the operator alone; float inputs by the layer; a stack
-    of layers in turn, whose weights come from memory each time as in a deep model, where one layer's alone stay in the
-    caches; and convolutions, of as many channels as they give.
+    Ways: binary inputs by the layer's call, by what its ``frozen()`` gives and by the operator alone; float inputs by
+    the layer; a stack of layers in turn, whose weights come from memory each time as in a deep model, where one layer's
+    alone stay in the caches; and convolutions, of as many channels as they give.
     """
     rows = []
     for n in SIZES:
@@ -55,14 +55,14 @@ def _cases(n: int, batch: int, say: Callable[[str], None]) -> list[dict[str, Any
     )
     with torch.inference_mode():
         binary(x[0])
-    matrix = binary._bits.matrix if binary._bits is not None else binary
+        matrix = binary.frozen()
 
     def plain(i: int) -> Tensor:
         return F.linear(x[i % INPUTS], w, b)
 
     ways: dict[str, Callable[[int], Tensor]] = {
         "xnor, layer": lambda i: binary(x[i % INPUTS]),
-        "xnor, matrix": lambda i: matrix(x[i % INPUTS]),
+        "xnor, frozen": lambda i: matrix(x[i % INPUTS]),
         "xnor, operator": lambda i: torch.ops.weft.sign_product(x[i % INPUTS], packed, scale, b, True),
         "xnor, function": lambda i: sign_product(x[i % INPUTS], packed, scale, b, factored=True),
         "binary weights, layer": lambda i: weights(x[i % INPUTS]),

@@ -311,3 +311,25 @@ def test_it_learns(kind):
         optimizer.step()
     with torch.no_grad():
         assert (model.eval()(x).argmax(1) == y).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("kind", [*KINDS, lambda layer: KINDS[1](layer).pack_()])
+def test_frozen_layers(kind):
+    layer, x = kind(dense()), inputs(3, 4, 40)
+    with torch.no_grad():
+        wanted = layer.eval()(x)
+        frozen = layer.frozen()
+        for p in (*layer.parameters(), *layer.buffers()):
+            p.share_memory_().zero_()  # which frees what was there
+        torch.testing.assert_close(frozen(x), wanted)
+        with torch.inference_mode():
+            torch.testing.assert_close(frozen(x[0]), wanted[0])
+            torch.testing.assert_close(frozen(x.bfloat16().float()).bfloat16(), frozen(x.bfloat16()).bfloat16())
+    for wrong in (x[..., :39], x[..., :32], torch.zeros(())):
+        with pytest.raises(UsageError, match="40"):
+            frozen(wrong)
+
+
+def test_what_does_not_compute_with_bits_is_not_frozen():
+    with pytest.raises(Unsupported, match="bits"):
+        BinaryConnect.from_dense(dense(), stochastic=True).frozen()

@@ -266,3 +266,18 @@ def test_drawn_filters_repeat_with_the_state():
         BinaryConnectConv2d.from_dense(dense(), scale=0.0)
     with pytest.raises(UsageError, match="8"):
         layer(x[:, :7])
+
+
+def test_frozen_convolutions():
+    layer, x = BinaryConv2d.from_dense(dense(), binary_inputs=True).eval(), images(2, 8, 6, 5)
+    with torch.no_grad():
+        wanted = layer(x)
+        frozen = layer.frozen()
+        layer.weight.zero_()
+        torch.testing.assert_close(frozen(x), wanted)
+        torch.testing.assert_close(frozen(x[0]), wanted[0])
+        with pytest.raises(UsageError, match="8"):
+            frozen(x[:, :7])
+    for other in (BinaryConv2d.from_dense(dense()), BinaryConnectConv2d.from_dense(dense())):
+        with pytest.raises(Unsupported, match="bits"):
+            other.frozen()

@@ -137,6 +137,8 @@ class SignMatrix:
     def __call__(self, x: Tensor) -> Tensor:
         """``[..., D]`` to float32 ``[..., O]``; not to be traced: there, call `sign_product` or `sign_sums`."""
         found = self.at_once(x) if torch.is_inference_mode_enabled() else None
+        if found is None and isinstance(x, Tensor) and x.shape[-1:] != (self.columns,):
+            raise UsageError(f"x has the shape {tuple(x.shape)}: give [..., {self.columns}]")
         return _dispatched(x, self.packed, self.scale, self.bias, self.inputs) if found is None else found
 
     def at_once(self, x: Tensor) -> Tensor | None:

@@ -179,15 +179,30 @@ class SignLayer(Convertible, abc.ABC):
     def _left(self) -> tuple[Any, ...]:
         return tuple([n for t in self._buffers.values() if t is not None for n in (t._version, t.data_ptr())])
 
+    def frozen(self) -> Callable[[Tensor], Tensor]:
+        """Eval mode as a function of a copy of the bits, the scales and the bias, whose outputs are float32.
+
+        It costs less than a module's call, is fastest under `torch.inference_mode`, and has no derivative.
+
+        Raises:
+            Unsupported: where bits are not what eval mode computes with.
+        """
+        if not self.by_bits():
+            raise Unsupported(f"{self} does not compute with bits in eval mode", "the layer as it is")
+        return self.matrix(*(None if t is None else t.clone() for t in self._parts()))  # type: ignore[arg-type]
+
+    def _parts(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The bits, the scales and the bias."""
+        bias = None if self.bias is None else self.bias.detach().float()
+        if self.weight is None:
+            return self.packed, self.scale.float(), bias
+        weight = self.weight.detach()
+        return pack_signs(self.rows(weight)), self.scales(weight).float(), bias
+
     def _packed(self) -> _Bits:
-        state, weight, bias = self._state(), self.weight, None if self.bias is None else self.bias.detach()
-        if weight is None:
-            packed, scale = self.packed, self.scale.float()
-        else:
-            packed, scale = pack_signs(self.rows(weight.detach())), self.scales(weight.detach()).float()
-        matrix = self.matrix(packed, scale, None if bias is None else bias.float())
-        made_from = (self.packed, self.scale, bias) if weight is None else (weight, bias)
-        return _Bits(matrix, state, [p.detach() for p in made_from if p is not None])
+        state = self._state()  # before what may change while bits are made
+        made_from = (self.packed, self.scale, self.bias) if self.weight is None else (self.weight, self.bias)
+        return _Bits(self.matrix(*self._parts()), state, [p.detach() for p in made_from if p is not None])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_bits": None}

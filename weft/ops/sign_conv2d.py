@@ -137,6 +137,7 @@ class _Windows:
     def __call__(self, x: Tensor) -> Tensor:
         """``[B, C, H, W]`` or ``[C, H, W]`` to float32 ``[B, O, H', W']`` or ``[O, H', W']``."""
         layer, x = self.layer, check_tensor("x", x, FLOATS)
+        layer.check(x)
         image = (x if x.ndim == 4 else x[None]).float()
         if layer.padding_mode != "zeros":
             image = bordered(image, layer.border, layer.padding_mode)

@@ -126,7 +126,7 @@ def _layer(generator: torch.Generator, features: int, outputs: int, dtype: torch
             "return mean_magnitude(weight)[:, 0]",
             "return mean_magnitude(weight).mean(0).expand(len(weight))",
         ),
-        "other bits": ("= pack_signs(self.rows(", "= pack_signs(-self.rows(", "weft.ops.packed_signs"),
+        "other bits": ("return pack_signs(self.rows(", "return pack_signs(-self.rows(", "weft.ops.packed_signs"),
     },
 )
 def nearest_in_squares(seed: int) -> list[Check]:
