@@ -46,28 +46,11 @@ def drawn_signs(weight: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class ConnectedSigns(SignLayer):
-    """What multiplies by -1 and 1 alone, on an ordinary layer's parameters; beside the base of a kind of layer.
-
-    Where signs are drawn, ``torch.compile`` leaves the draw to plain torch, and refuses it under ``fullgraph=True``.
-    Transformations of `torch.func` refuse it in training, and clipping of weights that they are not given: `clip_` them
-    before.
-
-    Args:
-        layer: the ordinary layer.
-        stochastic: draw the signs in training.
-        scale: H; None for ``sqrt(1.5 / (D + O))``.
-        seed: of the draws; how many there were is kept in a buffer.
-
-    Raises:
-        Unsupported: for other layers.
-        UsageError: for a scale that is not above 0.
-    """
+    """What multiplies by -1 and 1 alone, beside the base of a kind of layer; options as for `BinaryConnect`."""
 
     draws: Tensor
 
-    def __init__(
-        self, layer: nn.Module, *, stochastic: bool = False, scale: float | None = None, seed: int = 0
-    ) -> None:
+    def __init__(self, layer: nn.Module, *, stochastic: bool, scale: float | None, seed: int) -> None:
         super().__init__(layer)
         self.factor = math.sqrt(1.5 / max(1, self.fans())) if scale is None else float(scale)
         if not self.factor > 0 or math.isinf(self.factor):
@@ -136,7 +119,27 @@ def _clip_before(layer: ConnectedSigns, prefix: str, keep: bool) -> None:
 
 @method("binary-connect", contract="layer", family="precision", papers=[100])
 class BinaryConnect(ConnectedSigns, SignLinear):
-    """An ``nn.Linear`` that multiplies by -1 and 1 alone, on the same parameters; see `ConnectedSigns`."""
+    """An ``nn.Linear`` that multiplies by -1 and 1 alone, on the same parameters.
+
+    Where signs are drawn, ``torch.compile`` leaves the draw to plain torch, and refuses it under ``fullgraph=True``.
+    Transformations of `torch.func` refuse it in training, and clipping of weights that they are not given: `clip_` them
+    before.
+
+    Args:
+        layer: the ordinary layer.
+        stochastic: draw the signs in training.
+        scale: H; None for ``sqrt(1.5 / (D + O))``.
+        seed: of the draws; how many there were is kept in a buffer.
+
+    Raises:
+        Unsupported: for other layers.
+        UsageError: for a scale that is not above 0.
+    """
+
+    def __init__(
+        self, layer: nn.Module, *, stochastic: bool = False, scale: float | None = None, seed: int = 0
+    ) -> None:
+        super().__init__(layer, stochastic=stochastic, scale=scale, seed=seed)
 
     def differentiable(self, x: Tensor) -> Tensor:
         """By the real weights."""

@@ -32,7 +32,23 @@ from weft.testing.example import Example
 
 @method("binary-connect-conv2d", contract="layer", family="precision", papers=[100])
 class BinaryConnectConv2d(ConnectedSigns, SignConv2d):
-    """An ``nn.Conv2d`` that multiplies by -1 and 1 alone, on the same parameters; see `ConnectedSigns`."""
+    """An ``nn.Conv2d`` that multiplies by -1 and 1 alone, on the same parameters; compilers take it as `BinaryConnect`.
+
+    Args:
+        layer: the ordinary layer.
+        stochastic: draw the signs in training.
+        scale: H; None for ``sqrt(1.5 / (kh kw (C + O)))``.
+        seed: of the draws; how many there were is kept in a buffer.
+
+    Raises:
+        Unsupported: for other layers.
+        UsageError: for a scale that is not above 0.
+    """
+
+    def __init__(
+        self, layer: nn.Module, *, stochastic: bool = False, scale: float | None = None, seed: int = 0
+    ) -> None:
+        super().__init__(layer, stochastic=stochastic, scale=scale, seed=seed)
 
     def differentiable(self, x: Tensor) -> Tensor:
         """By the real filters."""
