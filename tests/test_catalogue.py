@@ -1,6 +1,7 @@
 """Discovery: cards are read from source, and say what the imported decorator is told."""
 
 import importlib.util
+import inspect
 import sys
 
 import pytest
@@ -98,6 +99,14 @@ def test_cards_are_what_the_decorators_are_told(monkeypatch):
         assert read[key].statement == arguments["statement"]
         assert read[key].row == arguments.get("row")
         assert read[key].mutants == tuple(arguments.get("mutants") or ())
+
+
+def test_cards_have_the_options_of_what_they_build():
+    """An option that a class inherits is in no card, and --convert, --rule and recipes refuse it."""
+    for one in method.methods():
+        parameters = inspect.signature(one.load()).parameters.values()
+        given = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
+        assert {o.name for o in one.options} == given - {"loss", "at", "seed"}, one.name
 
 
 def test_names_are_sorted_and_unique():
