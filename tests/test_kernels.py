@@ -1,6 +1,7 @@
 """Every kernel gives its reference's bits, for every shape, dtype and number of threads, and keeps to its bounds."""
 
 import os
+import pkgutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from weft.errors import UsageError
 from weft.kernels import bits as stream
-from weft.kernels import compiled, groups, step_lookup
+from weft.kernels import compiled, cpu, groups, step_lookup
 from weft.kernels.bits import pack_bits, unpack_bits
 from weft.kernels.groups import dequantise_groups, quantise_groups
 from weft.kernels.step_lookup import bucketize_pack, gather_unpack
@@ -385,6 +386,22 @@ def test_numba_is_loaded_at_the_first_use_and_the_environment_stays():
         f"import weft.kernels.step_lookup; assert 'numba' not in sys.modules\n{USE}\n"
         "assert 'numba' in sys.modules and 'torch._dynamo' not in sys.modules and dict(os.environ) == before"
     )
+
+
+LOOPS = [info.name for info in pkgutil.iter_modules(cpu.__path__)]
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_the_first_use_of_a_kernel_takes_at_most_five_seconds(name, tmp_path):
+    """CPU seconds of this process and its compiler for each kernel of a file; the first one's with Numba's import."""
+    code = (
+        "import importlib, time; from weft.kernels.compiled import Kernel; start, most = time.process_time(), 0\n"
+        f"file = importlib.import_module('weft.kernels.cpu.{name}')\n"
+        "for one in [k for k in vars(file).values() if isinstance(k, Kernel) and k.loop.__module__ == file.__name__]:\n"
+        "    one.compile(); now = time.process_time(); start, most = now, max(most, now - start)\n"
+        "print(most)"
+    )
+    assert float(run(code, NUMBA_CACHE_DIR=str(tmp_path)).stdout) <= 5
 
 
 def test_machine_code_is_kept_on_disk(tmp_path):

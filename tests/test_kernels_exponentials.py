@@ -1,9 +1,5 @@
 """Softmax by pairs: against float64 over shapes, ranges, dtypes and threads; derivatives; torch's operators."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -211,17 +207,6 @@ def test_where_it_is_found():
     assert weft.precision.OnlineSoftmax(torch.zeros(2)).tolist() == [0.5, 0.5]
     with pytest.raises(AttributeError, match="nothing"):
         weft.ops.nothing  # noqa: B018
-
-
-def test_the_first_use_on_a_fresh_machine_is_short(tmp_path):
-    code = (
-        "import time, torch; from weft.ops import softmax; torch.set_num_threads(1); start = time.process_time()\n"
-        "softmax(torch.ones(9, 70)); print(time.process_time() - start)"
-    )
-    env = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
-    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
-    assert made.returncode == 0, made.stderr
-    assert float(made.stdout) < 15  # 2 on a quiet machine
 
 
 def test_the_plain_method_reads_what_the_loops_read():

@@ -58,6 +58,81 @@ def test_groups_against_a_plain_loop(counts, tokens, d, o, bias, scale, gather):
     close(*(torch.autograd.grad(y, leaves, error, materialize_grads=True) for y in (out, wanted)))
 
 
+SIZES = st.one_of(st.integers(1, 9), st.sampled_from([15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 100, 128, 130]))
+
+
+def both_passes(x, weights, sizes, bias, taken, scale, error, made=grouped_linear):
+    leaves = [t.detach().requires_grad_() for t in (x, *weights, *(t for t in (bias, scale) if t is not None))]
+    rest = iter(leaves[1 + len(weights) :])
+    b, s = (None if t is None else next(rest) for t in (bias, scale))
+    args = leaves[0], leaves[1 : 1 + len(weights)], sizes
+    out = made(*args, bias=b, rows=taken, scale=s) if made is grouped_linear else made(*args, b, taken, s)
+    return [out, *torch.autograd.grad(out, leaves, error, materialize_grads=True)]
+
+
+def agree(found, wanted, terms):
+    """Sums of so many products of numbers around 1, in float32."""
+    for mine, right in zip(found, wanted, strict=True):
+        assert mine.shape == right.shape and mine.dtype == torch.float32
+        assert torch.allclose(mine.double(), right, rtol=1e-5, atol=1e-6 * terms)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    counts=st.lists(st.one_of(st.integers(0, 8), st.sampled_from([12, 64, 70])), min_size=1, max_size=4),
+    d=SIZES, o=SIZES, tokens=st.integers(1, 40), strided=st.booleans(),
+    bias=st.booleans(), scale=st.booleans(), gather=st.booleans(),
+)  # fmt: skip
+def test_loops_of_groups_against_a_plain_loop_in_float64(counts, d, o, tokens, strided, bias, scale, gather):
+    sizes = torch.tensor(counts)
+    n, g = int(sizes.sum()), len(counts)
+    taken = torch.arange(n) * 7 % tokens if gather else None
+    x = leaf(tokens if gather else n, d + 3 * strided, dtype=torch.float32).detach()[:, strided : d + strided]
+    wide = leaf(g * o, d + 5 * strided, dtype=torch.float32).detach()
+    weights = [w[:, strided : d + strided] for w in wide.split(o)]
+    b = leaf(g, o, dtype=torch.float32).detach() if bias else None
+    s = leaf(n, dtype=torch.float32).detach() if bias and scale else None
+    error = leaf(n, o, dtype=torch.float32, seed=1).detach()
+    given = [x, weights, sizes, b, taken, s, error]
+    exact = [x.double(), [w.double() for w in weights], sizes, *(t if t is None else t.double() for t in (b,)), taken]
+    exact += [None if s is None else s.double(), error.double()]
+    agree(both_passes(*given), both_passes(*exact, made=plain), max(d, o, n) + 1)
+
+
+@pytest.mark.parametrize(("count", "d", "o"), [(9, 2100, 70), (1500, 40, 72), (70, 96, 1100)])
+def test_products_deeper_than_a_panel(count, d, o):
+    x, weights = leaf(count, d, dtype=torch.float32), [leaf(o, d, dtype=torch.float32)]
+    bias, error = leaf(1, o, dtype=torch.float32), leaf(count, o, dtype=torch.float32, seed=3).detach()
+    given = [x, weights, torch.tensor([count]), bias, None, None, error]
+    exact = [x.double(), [weights[0].double()], given[2], bias.double(), None, None, error.double()]
+    agree(both_passes(*given), both_passes(*exact, made=plain), max(count, d, o))
+
+
+def test_large_gradients_and_two_threads(threads):
+    sizes, found = torch.tensor([70, 0, 3, 50]), []
+    x, weights = leaf(60, 1024, dtype=torch.float32), [leaf(1024, 1024, dtype=torch.float32, seed=g) for g in range(4)]
+    taken, bias = torch.arange(123) * 11 % 60, leaf(4, 1024, dtype=torch.float32)
+    scale, error = leaf(123, dtype=torch.float32), leaf(123, 1024, dtype=torch.float32, seed=1).detach()
+    for count in (1, 2):
+        threads(count)
+        found.append(both_passes(x, weights, sizes, bias, taken, scale, error))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    exact = x.double(), [w.double() for w in weights], sizes, bias.double(), taken, scale.double(), error.double()
+    agree(found[0], both_passes(*exact, made=plain), 1024)
+
+
+def test_loops_run_where_the_default_device_or_dtype_is_another():
+    x, weights, sizes = torch.randn(5, 8), [torch.randn(4, 8)], torch.tensor([5])
+    wanted = grouped_linear(x, weights, sizes)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            found = grouped_linear(x, weights, sizes)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, wanted)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_groups_in_other_dtypes_and_strides(dtype, threads):
     sizes, found = torch.tensor([40, 0, 24]), []
@@ -88,8 +163,19 @@ def test_groups_that_do_not_fit_are_refused():
     ):
         with pytest.raises(UsageError, match="give"):
             grouped_linear(x, other, torch.tensor(sizes))
-    with pytest.raises(UsageError, match="5 rows together, but 4"):
-        grouped_linear(x, weights, torch.tensor([2, 3]))
+    for dtype in (torch.float64, torch.float32):
+        x, weights = x.to(dtype), [w.to(dtype) for w in weights]
+        with pytest.raises(UsageError, match="5 rows together, but 4"):
+            grouped_linear(x, weights, torch.tensor([2, 3]))
+        with pytest.raises(UsageError, match="give"):
+            grouped_linear(x, weights, torch.tensor([2.0, 2.0]))
+        for taken in ([0, 1, 2, 4], [0, -1, 0, 0]):
+            with pytest.raises(IndexError):
+                grouped_linear(x, weights, torch.tensor([2, 2]), rows=torch.tensor(taken))
+        with pytest.raises(UsageError, match="scale"):
+            grouped_linear(x, weights, torch.tensor([2, 2]), bias=torch.ones(2, 3, dtype=dtype), scale=x[:3, 0])
+        with pytest.raises(UsageError, match="rows together"):
+            grouped_linear(x, weights, torch.tensor([6, -2]))
 
 
 @settings(max_examples=40, deadline=None)

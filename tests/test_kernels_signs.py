@@ -1,9 +1,5 @@
 """Signs as bits: kernels against references over shapes, dtypes and threads, and what torch asks of operators."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -165,16 +161,3 @@ def test_wrong_use_is_an_error_that_says_what_to_give(call, says):
     with pytest.raises(UsageError) as error:
         call()
     assert says in str(error.value)
-
-
-def test_the_first_use_on_a_fresh_machine_is_short(tmp_path):
-    """CPU seconds of this process and its compiler, beside what torch's import costs."""
-    code = (
-        "import time, torch, weft.kernels.signs as s; torch.set_num_threads(1); start = time.process_time()\n"
-        "p = s.pack_signs(torch.ones(9, 70)); s.sign_product(torch.ones(1, 70), p, torch.ones(9))\n"
-        "s.sign_sums(torch.ones(1, 70), p, torch.ones(9)); print(time.process_time() - start)"
-    )
-    env = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
-    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
-    assert made.returncode == 0, made.stderr
-    assert float(made.stdout) < 5 * 3  # three kernels

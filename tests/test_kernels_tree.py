@@ -1,7 +1,5 @@
 """The loop that sends rows down a tree gives its reference's values, for every shape, and looks at what is its own."""
 
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -181,18 +179,6 @@ def test_direct_calls_from_several_threads():
     for worker in workers:
         worker.join()
     assert not wrong
-
-
-def test_the_first_use_is_quick():
-    """With no cache of machine code, in a process of its own; it takes its own temporary folder for that."""
-    program = (
-        "import os, tempfile; os.environ['NUMBA_CACHE_DIR'] = tempfile.mkdtemp()\n"
-        "import time, torch; from weft.kernels.tree import tree_feed_forward\n"
-        "w = [torch.randn(s) for s in ((1, 4), (1,), (2, 3, 4), (2, 3), (2, 3, 5), (2, 5))]\n"
-        "start = time.process_time(); tree_feed_forward(torch.randn(2, 4), *w); print(time.process_time() - start)"
-    )
-    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert float(ran.stdout) < 5
 
 
 @pytest.mark.parametrize(("outputs", "bias"), [(10, True), (6, False)])

@@ -2,12 +2,15 @@
 
 A group has a tensor of its own for a weight: of one tensor for all of them the gradient is often larger than 32 MB, and
 memory of that size is mapped anew for each step, page by page. As operators, torch.compile and torch.export take the
-loop over groups of unknown sizes for one step.
+loop over groups of unknown sizes for one step. On CPUs with vectors of 512 bits float32 products are loops of this
+library, which take few rows and a weight that is not in the caches at the speed of a large product; elsewhere, and in
+other dtypes, each group is a product of torch's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +18,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from weft.errors import UsageError
-from weft.kernels.compiled import operations_of, operator
+from weft.kernels.compiled import operations_of, operator, share
+from weft.kernels.grouped_reference import grouped_linear_backward_reference, grouped_linear_reference
 
 __all__ = ["grouped_linear"]
+
+FAR = 1 << 23  # bytes of gradients that the caches do not hold until they are read
 
 
 def grouped_linear(
@@ -38,13 +44,17 @@ def grouped_linear(
 
     Raises:
         UsageError: for shapes or dtypes that do not fit.
+        IndexError: for rows that x does not have.
     """
     first = weights[0] if weights else x
-    fits = x.ndim == 2 and sizes.shape == (len(weights),) and bool(weights)
+    fits = x.ndim == 2 and sizes.shape == (len(weights),) and bool(weights) and sizes.dtype == torch.int64
     fits = fits and all(w.ndim == 2 and w.shape == first.shape and w.dtype == x.dtype for w in weights)
     if not fits or first.shape[1] != x.shape[1] or (bias is not None and bias.shape != (len(weights), first.shape[0])):
         found = f"x {tuple(x.shape)} {x.dtype}, {len(weights)} weights like {tuple(first.shape)} {first.dtype}"
-        raise UsageError(f"{found}, sizes {tuple(sizes.shape)}: give [T, D], [O, D] for each group, and [G]")
+        raise UsageError(f"{found}, sizes {tuple(sizes.shape)}: give [T, D], [O, D] for each group, and int64 [G]")
+    count = (x if rows is None else rows).shape[0]
+    if scale is not None and scale.shape != (count,):
+        raise UsageError(f"scale {tuple(scale.shape)}: give one number for each of {count} rows")
     given = x, rows, sizes, bias, scale
     if torch.compiler.is_compiling() and not _needs_gradient(x, bias, scale, *weights):
         plain: Tensor = _product(*given, list(weights))  # the compiler takes no function of many weights without one
@@ -80,59 +90,126 @@ class _GroupedLinear(torch.autograd.Function):
         return of_x, None, None, of_bias, of_scale, *(found[3] or [None] * len(weights))
 
 
+def _native(
+    x: Tensor, rows: Tensor | None, sizes: Tensor, bias: Tensor | None, scale: Tensor | None, weights: list[Tensor]
+) -> bool:
+    """Whether the loops take these: float32, weights with whole rows, the same distance apart."""
+    from weft.kernels.cpu.simd import has
+
+    (o, d), stride = weights[0].shape, weights[0].stride()
+    alike = all(w.stride() == stride and w.shape == (o, d) for w in weights) and stride[1] == 1 and d * o > 0
+    floats = (t is None or t.dtype == torch.float32 for t in (x, bias, scale, *weights))
+    shapes = x.ndim == 2 and x.shape[1] == d and sizes.shape == (len(weights),)
+    shapes = shapes and (bias is None or bias.shape == (len(weights), o))
+    return alike and shapes and all(floats) and has("avx512f")
+
+
+def _starts(
+    x: Tensor, rows: Tensor | None, sizes: Tensor, scale: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None, int]:
+    """Where groups begin and end ``[G + 1]``, rows and scale as the loops read them, and how many rows there are."""
+    starts = torch.cat([sizes.new_zeros(1, dtype=torch.int64), sizes.cumsum(0)])
+    count, found = len(x) if rows is None else len(rows), int(starts[-1])
+    if found != count or int(sizes.min()) < 0:
+        raise UsageError(f"groups of {found} rows together, but {count} rows")
+    if scale is not None and scale.shape != (count,):
+        raise UsageError(f"scale {tuple(scale.shape)} for {count} rows: give one number for each")
+    if rows is not None and count:
+        rows = rows.long().contiguous()
+        least, most = (int(n) for n in torch.aminmax(rows))
+        if least < 0 or most >= len(x):
+            raise IndexError(f"rows from {least} to {most} of {len(x)}: give 0 to {len(x) - 1}")
+    return starts, rows, None if scale is None else scale.contiguous(), count
+
+
+def _addresses(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.tensor([t.data_ptr() for t in tensors], dtype=torch.int64, device="cpu")
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _run(loop: Any, kind: Any, given: tuple[Any, ...], first: int, last: int, memory: int) -> None:
+    loop(kind, first, last, *given, memory)
+
+
+def _in_parts(run: Any, groups: int, work: int) -> None:
+    """Calls ``run(first, last)`` on parts of the groups, which take ``work`` products of vectors together."""
+    unit = max(1, work // groups)
+    share(lambda start, stop: run(start // unit, stop // unit), groups * unit, unit)
+
+
+def _in_memory(run: Any, groups: int, work: int) -> None:
+    """The same with an address of memory for the loop."""
+    from weft.kernels.cpu import grouped as loops
+
+    def held(first: int, last: int) -> None:
+        memory = torch.empty(loops.MEMORY + 64, dtype=torch.uint8, device="cpu")
+        run(first, last, memory.data_ptr() + -memory.data_ptr() % 64)
+
+    _in_parts(held, groups, work)
+
+
 @torch.no_grad()
-def grouped_linear_reference(
+def _product_cpu(
     x: Tensor, rows: Tensor | None, sizes: Tensor, bias: Tensor | None, scale: Tensor | None, weights: list[Tensor]
 ) -> Tensor:
-    """The operator: one matrix product for each group, into its part of the result."""
-    x, counts = x if rows is None else x.index_select(0, rows), sizes.tolist()
-    if sum(counts) != len(x):
-        raise UsageError(f"groups of {sum(counts)} rows together, but {len(x)} rows")
-    out = x.new_empty(len(x), weights[0].shape[0])
-    scales = x.new_ones(len(x)) if scale is None else scale
-    parts = zip(x.split(counts), out.split(counts), scales.split(counts), weights, strict=True)
-    for g, (part, into, factor, weight) in enumerate(parts):
-        if not len(part):
-            continue
-        if bias is None or scale is not None:
-            torch.mm(part, weight.t(), out=into)
-            if bias is not None:
-                into.addcmul_(factor[:, None], bias[g])
-        else:
-            torch.addmm(bias[g], part, weight.t(), out=into)
+    if not _native(x, rows, sizes, bias, scale, weights):
+        return grouped_linear_reference(x, rows, sizes, bias, scale, weights)
+    from weft.kernels.cpu import grouped as loops
+
+    x = x if x.stride(1) == 1 else x.contiguous()
+    starts, rows, scale, count = _starts(x, rows, sizes, scale)
+    (o, d), groups = weights[0].shape, len(weights)
+    out, addresses = x.new_empty(count, o), _addresses(weights)
+    if bias is not None:
+        bias = bias.contiguous()
+        begin = starts.data_ptr(), bias.data_ptr(), _address(scale), out.data_ptr(), 4 * o, o
+        _in_parts(lambda first, last: loops.biases(first, last, *begin), groups, count * o // 16)
+    left = starts.data_ptr(), _address(rows), x.data_ptr(), 4 * x.stride(0), out.data_ptr(), 4 * o, 0, 0
+    right = addresses.data_ptr(), 4 * weights[0].stride(0), 0, d, o, bias is not None, False
+    work = count * d * o // 16
+    _in_memory(partial(_run, loops.products, loops.FORWARD, (*left, *right)), groups, work)
     return out
 
 
 @torch.no_grad()
-def grouped_linear_backward_reference(
+def _gradients_cpu(
     grad: Tensor, x: Tensor, rows: Tensor | None, sizes: Tensor, bias: Tensor | None, scale: Tensor | None,
     weights: list[Tensor], by_x: bool, by_bias: bool, by_scale: bool, by_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
-    """Gradients of x, bias, scale and weights; empty where they are not asked for."""
-    taken, counts = x if rows is None else x.index_select(0, rows), sizes.tolist()
-    of_x = torch.empty_like(taken, memory_format=torch.contiguous_format) if by_x else taken.new_empty(len(taken), 0)
-    of_bias = grad.new_zeros(len(weights), grad.shape[1]) if by_bias else grad.new_empty(0)
-    of_scale = grad.new_empty(len(grad) if by_scale else 0)
-    of_weights: list[Tensor] = []
-    parts = zip(taken.split(counts), of_x.split(counts), grad.split(counts), weights, strict=True)
-    start = 0
-    for g, (part, of_part, of_out, weight) in enumerate(parts):
-        rest = slice(start, start := start + len(part))
-        if by_weights:
-            of_weights.append(of_out.t() @ part if len(part) else weight.new_zeros(weight.shape))
-        if not len(part):
-            continue
-        if by_x:
-            torch.mm(of_out, weight, out=of_part)
-        if by_bias and scale is None:
-            torch.sum(of_out, 0, out=of_bias[g])
-        elif by_bias and scale is not None:
-            torch.mm(scale[None, rest], of_out, out=of_bias[g, None])
-        if by_scale and bias is not None:
-            torch.mv(of_out, bias[g], out=of_scale[rest])
+    if not _native(x, rows, sizes, bias, scale, weights) or grad.dtype != x.dtype or grad.ndim != 2:
+        asked = by_x, by_bias, by_scale, by_weights
+        return grouped_linear_backward_reference(grad, x, rows, sizes, bias, scale, weights, *asked)
+    from weft.kernels.cpu import grouped as loops
+
+    shape, source = x.shape, x
+    x, grad = (t if t.stride(1) == 1 else t.contiguous() for t in (x, grad))
+    starts, rows, scale, count = _starts(x, rows, sizes, scale)
+    (o, d), groups, held = weights[0].shape, len(weights), _addresses(weights)
+    if grad.shape != (count, o):
+        raise UsageError(f"a gradient {tuple(grad.shape)}: give ({count}, {o})")
+    z, of_weights = x.new_empty(count, d) if by_x else x.new_empty(0), list[Tensor]()
+    if by_weights:
+        made_for = zip(weights, sizes.tolist(), strict=True)
+        of_weights = [w.new_empty(w.shape) if n else w.new_zeros(w.shape) for w, n in made_for]
+    made = _addresses(of_weights) if by_weights else held
+    past = groups * o * d * 4 >= FAR and d % 16 == 0 and not int((made % 64).any())
+    left = starts.data_ptr(), _address(rows), x.data_ptr(), 4 * x.stride(0), grad.data_ptr(), 4 * grad.stride(0)
+    right = z.data_ptr(), 4 * d, held.data_ptr(), 4 * weights[0].stride(0), made.data_ptr(), d, o, False, past
+    for kind in (*[loops.OF_INPUT] * by_x, *[loops.OF_WEIGHT] * by_weights):
+        _in_memory(partial(_run, loops.products, kind, (*left, *right)), groups, count * d * o // 16)
+    of_bias = grad.new_zeros(groups, o) if by_bias else grad.new_empty(0)
+    of_scale = grad.new_zeros(count) if by_scale else grad.new_empty(0)
+    if by_bias or (by_scale and bias is not None):
+        bias = None if bias is None else bias.contiguous()
+        given = starts.data_ptr(), _address(bias), _address(scale), grad.data_ptr(), 4 * grad.stride(0), o
+        into = of_bias.data_ptr() if by_bias else 0, of_scale.data_ptr() if by_scale and bias is not None else 0
+        _in_parts(lambda first, last: loops.of_biases(first, last, *given, *into), groups, count * o // 16)
     if by_x and rows is not None:
-        of_x = torch.zeros_like(x).index_add_(0, rows, of_x)
-    return of_x if by_x else x.new_empty(0), of_bias, of_scale, of_weights
+        z = source.new_zeros(shape).index_add_(0, rows, z)
+    return z if by_x else x.new_empty(0), of_bias, of_scale, of_weights
 
 
 def _product_fake(
@@ -157,7 +234,7 @@ _product = operator(
     "grouped_linear(Tensor x, Tensor? rows, Tensor sizes, Tensor? bias, Tensor? scale, Tensor[] weights) -> Tensor",
     grouped_linear_reference,
     fake=_product_fake,
-    cpu=grouped_linear_reference,
+    cpu=_product_cpu,
     cuda=grouped_linear_reference,
 )
 _gradients = operator(
@@ -165,7 +242,7 @@ _gradients = operator(
     "Tensor[] weights, bool by_x, bool by_bias, bool by_scale, bool by_weights) -> (Tensor, Tensor, Tensor, Tensor[])",
     grouped_linear_backward_reference,
     fake=_gradients_fake,
-    cpu=grouped_linear_backward_reference,
+    cpu=_gradients_cpu,
     cuda=grouped_linear_backward_reference,
 )
 

@@ -15,7 +15,7 @@ from numba.core import types
 
 from weft.kernels.compiled import kernel
 from weft.kernels.cpu import simd
-from weft.kernels.cpu.simd import I32, I64, LONGS, ir, operation, words
+from weft.kernels.cpu.simd import I32, I64, LONGS, ir, operation, put_word, word_at, words
 
 u64, f32 = np.uint64, np.float32
 ZERO, ONE, TWO, THREE, FOUR, SEVEN, EIGHT, SIXTEEN, WORD = (u64(n) for n in (0, 1, 2, 3, 4, 7, 8, 16, 64))
@@ -31,18 +31,6 @@ def signs_at(builder: Any, at: Any) -> Any:
     kind = ir.VectorType(ir.FloatType(), 64)
     value = builder.load(simd.pointer(builder, at, kind), align=4)
     return builder.bitcast(builder.fcmp_ordered(">=", value, ir.Constant(kind, None)), I64)
-
-
-@operation(types.uint64, types.uint64)
-def word_at(builder: Any, at: Any) -> Any:
-    """The word at an address."""
-    return builder.load(simd.pointer(builder, at, I64), align=1)
-
-
-@operation(types.void, types.uint64, types.uint64)
-def put_word(builder: Any, at: Any, value: Any) -> Any:
-    """A word to an address."""
-    builder.store(value, simd.pointer(builder, at, I64), align=1)
 
 
 @operation(types.uint64, types.uint64)

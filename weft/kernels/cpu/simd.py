@@ -86,6 +86,14 @@ def call(builder: Any, name: str, result: Any, *values: Any) -> Any:
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), values)
 
 
+def asked(builder: Any, at: Any) -> None:
+    """Asks for the cache line of an address, which need not exist, as far as into the second cache."""
+    place, number = pointer(builder, at, ir.IntType(8)), ir.IntType(32)
+    kind = ir.FunctionType(ir.VoidType(), [place.type, number, number, number])
+    ask = builder.module.declare_intrinsic("llvm.prefetch", [place.type], kind)
+    builder.call(ask, [place, number(0), number(2), number(1)])
+
+
 def has(feature: str) -> bool:
     """Whether the machine code is for this CPU, and it has the feature."""
     return not (config.CPU_NAME or config.CPU_FEATURES) and bool(llvm.get_host_cpu_features().get(feature))
@@ -244,3 +252,21 @@ def put_one(builder: Any, at: Any, value: Any) -> Any:
 def put_byte(builder: Any, at: Any) -> Any:
     """1 to the byte at an address."""
     builder.store(ir.Constant(ir.IntType(8), 1), pointer(builder, at, ir.IntType(8)), align=1)
+
+
+@operation(u64, u64)
+def word_at(builder: Any, at: Any) -> Any:
+    """The word at an address."""
+    return builder.load(pointer(builder, at, I64), align=1)
+
+
+@operation(types.void, u64, u64)
+def put_word(builder: Any, at: Any, value: Any) -> Any:
+    """A word to an address."""
+    builder.store(value, pointer(builder, at, I64), align=1)
+
+
+@operation(types.void, u64)
+def prefetch(builder: Any, at: Any) -> Any:
+    """`asked`, of an address in a loop."""
+    asked(builder, at)

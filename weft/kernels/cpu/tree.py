@@ -12,11 +12,9 @@ from typing import Any
 
 import numba
 import numpy as np
-from llvmlite import ir  # type: ignore[import-untyped]
-from numba.core import types
 
 from weft.kernels.compiled import kernel
-from weft.kernels.cpu.simd import add, fma, load, operation, pointer, splat, store, total, u64
+from weft.kernels.cpu.simd import add, fma, load, one_at, prefetch, put_one, splat, store, total
 
 U, f32 = np.uint64, np.float32
 
@@ -24,27 +22,6 @@ FLOAT, LINE, ONE, EIGHT, LANES = U(4), U(64), U(1), U(8), U(16)
 CHUNK = U(64)  # rows that descend together: they stay in the second cache
 SAME = U(16)  # rows of a leaf that are computed together
 IDENTITY, RELU, GELU, GELU_TANH, SILU = U(0), U(1), U(2), U(3), U(4)
-
-
-@operation(types.float32, u64)
-def read(builder: Any, at: Any) -> Any:
-    """The float at an address."""
-    return builder.load(pointer(builder, at, ir.FloatType()), align=4)
-
-
-@operation(types.void, u64, types.float32)
-def write(builder: Any, at: Any, value: Any) -> Any:
-    """A float to an address."""
-    builder.store(value, pointer(builder, at, ir.FloatType()), align=4)
-
-
-@operation(types.void, u64)
-def prefetch(builder: Any, at: Any) -> Any:
-    """Asks for the cache line of an address, which need not exist, as far as into the second cache."""
-    place, number = pointer(builder, at, ir.IntType(8)), ir.IntType(32)
-    kind = ir.FunctionType(ir.VoidType(), [place.type, number, number, number])
-    ask = builder.module.declare_intrinsic("llvm.prefetch", [place.type], kind)
-    builder.call(ask, [place, number(0), number(2), number(1)])
 
 
 @numba.njit(error_model="numpy")
@@ -62,7 +39,7 @@ def dot(a: Any, x: Any, size: Any) -> Any:
         s0 = fma(load(a + FLOAT * i), load(x + FLOAT * i), s0)
     s = total(add(add(s0, s1), add(s2, s3)))
     for i in range(last, size):
-        s += read(a + FLOAT * i) * read(x + FLOAT * i)
+        s += one_at(a + FLOAT * i) * one_at(x + FLOAT * i)
     return s
 
 
@@ -106,19 +83,19 @@ def dots(a: Any, x: Any, size: Any, out: Any, ahead: Any, step: Any) -> None:
         s5 = fma(load(a5 + o), v, s5)
         s6 = fma(load(a6 + o), v, s6)
         s7 = fma(load(a7 + o), v, s7)
-    write(out, total(s0))
-    write(out + U(4), total(s1))
-    write(out + U(8), total(s2))
-    write(out + U(12), total(s3))
-    write(out + U(16), total(s4))
-    write(out + U(20), total(s5))
-    write(out + U(24), total(s6))
-    write(out + U(28), total(s7))
+    put_one(out, total(s0))
+    put_one(out + U(4), total(s1))
+    put_one(out + U(8), total(s2))
+    put_one(out + U(12), total(s3))
+    put_one(out + U(16), total(s4))
+    put_one(out + U(20), total(s5))
+    put_one(out + U(24), total(s6))
+    put_one(out + U(28), total(s7))
     for i in range(last, size):
-        v = read(x + FLOAT * i)
+        v = one_at(x + FLOAT * i)
         for r in range(U(8)):
             at = out + FLOAT * r
-            write(at, read(at) + read(a + stride * r + FLOAT * i) * v)
+            put_one(at, one_at(at) + one_at(a + stride * r + FLOAT * i) * v)
 
 
 @numba.njit(error_model="numpy")
@@ -126,8 +103,8 @@ def accumulate(a: Any, size: Any, factors: Any, out: Any, ahead: Any, step: Any)
     """Adds eight vectors, ``size`` apart, times eight factors to ``out``; lines at ``ahead`` as in `dots`."""
     stride, last = FLOAT * size, size & ~U(15)
     a1, a2, a3, a4, a5, a6, a7 = following(a, stride)
-    c0, c1, c2, c3 = read(factors), read(factors + U(4)), read(factors + U(8)), read(factors + U(12))
-    c4, c5, c6, c7 = read(factors + U(16)), read(factors + U(20)), read(factors + U(24)), read(factors + U(28))
+    c0, c1, c2, c3 = one_at(factors), one_at(factors + U(4)), one_at(factors + U(8)), one_at(factors + U(12))
+    c4, c5, c6, c7 = one_at(factors + U(16)), one_at(factors + U(20)), one_at(factors + U(24)), one_at(factors + U(28))
     v0, v1, v2, v3, v4, v5, v6, v7 = (
         splat(c0),
         splat(c1),
@@ -148,10 +125,10 @@ def accumulate(a: Any, size: Any, factors: Any, out: Any, ahead: Any, step: Any)
         store(out + o, add(fma(load(a7 + o), v7, s), t))
     for i in range(last, size):
         at, p = out + FLOAT * i, a + FLOAT * i
-        s = read(at) + c0 * read(p)
+        s = one_at(at) + c0 * one_at(p)
         for r in range(ONE, EIGHT):
-            s += read(factors + FLOAT * r) * read(p + stride * r)
-        write(at, s)
+            s += one_at(factors + FLOAT * r) * one_at(p + stride * r)
+        put_one(at, s)
 
 
 @numba.njit(error_model="numpy")
@@ -185,18 +162,18 @@ def leaf_rows(plan: Any, leaf: Any, following: Any, x: Any, out: Any, rows: Any,
             dots(first + into * k, x + into * rows[r], features, hidden + FLOAT * (width * r + k), ahead, step)
     for r in range(count):
         for k in range(blocks, width):
-            write(hidden + FLOAT * (width * r + k), dot(first + into * k, x + into * rows[r], features))
+            put_one(hidden + FLOAT * (width * r + k), dot(first + into * k, x + into * rows[r], features))
         for k in range(width):
             at = hidden + FLOAT * (width * r + k)
-            z = read(at)
+            z = one_at(at)
             if up_bias:
-                z += read(up_bias + FLOAT * (width * leaf + k))
-            write(at, act(z, kind))
+                z += one_at(up_bias + FLOAT * (width * leaf + k))
+            put_one(at, act(z, kind))
         here = out + onto * rows[r]
         for i in range(U(0), outputs & ~U(15), LANES):
             store(here + FLOAT * i, load(down_bias + onto * leaf + FLOAT * i) if down_bias else splat(f32(0.0)))
         for i in range(outputs & ~U(15), outputs):
-            write(here + FLOAT * i, read(down_bias + onto * leaf + FLOAT * i) if down_bias else f32(0.0))
+            put_one(here + FLOAT * i, one_at(down_bias + onto * leaf + FLOAT * i) if down_bias else f32(0.0))
     for k in range(U(0), blocks, EIGHT):
         ahead, step = second + onto * (k + EIGHT), onto
         if k + EIGHT >= blocks:
@@ -207,10 +184,10 @@ def leaf_rows(plan: Any, leaf: Any, following: Any, x: Any, out: Any, rows: Any,
     for r in range(count):
         here = out + onto * rows[r]
         for k in range(blocks, width):
-            c = read(hidden + FLOAT * (width * r + k))
+            c = one_at(hidden + FLOAT * (width * r + k))
             for i in range(outputs):
                 at = here + FLOAT * i
-                write(at, read(at) + c * read(second + onto * k + FLOAT * i))
+                put_one(at, one_at(at) + c * one_at(second + onto * k + FLOAT * i))
 
 
 @numba.njit(error_model="numpy")
@@ -251,7 +228,7 @@ def descend(plan: Any, x: Any, out: Any, start: Any, stop: Any) -> None:
                     for i in range(U(0), into, LINE):
                         prefetch(nodes + into * keys[r + ONE] + i)
                 node = keys[r]
-                z = dot(nodes + into * node, x + into * (start + r), features) + read(node_bias + FLOAT * node)
+                z = dot(nodes + into * node, x + into * (start + r), features) + one_at(node_bias + FLOAT * node)
                 keys[r] = U(2) * node + (U(2) if z >= f32(0.0) else ONE)
         for r in range(begin, end):
             keys[r] = (keys[r] + ONE - (ONE << depth)) << U(32) | r
