@@ -7,15 +7,13 @@ columns that are left. The last block has the rows that are left. 0 counts as po
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from weft.errors import UsageError, unknown
-from weft.kernels import compiled
+from weft.errors import UsageError
 from weft.kernels.compiled import FLOATS, GRAIN, check_tensor, operator, share
 
 BLOCK, WORD = 8, 8  # rows, bytes
@@ -66,7 +64,7 @@ def sign_product(
     Raises:
         UsageError: for other dtypes or numbers of elements.
     """
-    return _dispatched(x, packed, scale, bias, "scaled signs" if factored else "signs")
+    return product_by(x, packed, scale, bias, "scaled signs" if factored else "signs")
 
 
 def sign_sums(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -78,11 +76,11 @@ def sign_sums(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None = No
     Raises:
         UsageError: for other dtypes or numbers of elements.
     """
-    return _dispatched(x, packed, scale, bias, "floats")
+    return product_by(x, packed, scale, bias, "floats")
 
 
-def _dispatched(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, inputs: str) -> Tensor:
-    """`sign_product` or `sign_sums`."""
+def product_by(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, inputs: str) -> Tensor:
+    """`sign_product` or `sign_sums`: ``inputs`` is one of `INPUTS`."""
     x, scale = check_tensor("x", x, FLOATS), vector("scale", scale, None)
     outputs, columns = scale.shape[0], x.shape[-1] if x.ndim else 0
     bias = None if bias is None else vector("bias", bias, outputs)
@@ -104,65 +102,9 @@ def _dispatched(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, i
     return y.view(*x.shape[:-1], outputs)
 
 
-class SignMatrix:
-    """Signs of weights with all that a product needs but x, which saves most of what a call on a small one costs.
-
-    Args:
-        packed, scale, bias: as `sign_product` takes them; their memory is read at each call.
-        columns: D.
-        inputs: ``"floats"`` for `sign_sums`, ``"signs"`` or ``"scaled signs"`` for `sign_product`, the latter with a
-            factor for each row.
-
-    Raises:
-        UsageError: for other dtypes or numbers of elements.
-    """
-
-    def __init__(self, packed: Tensor, scale: Tensor, bias: Tensor | None, columns: int, inputs: str) -> None:
-        if inputs not in INPUTS:
-            raise UsageError(unknown("inputs", inputs, list(INPUTS)))
-        self.scale = vector("scale", scale, None)
-        self.outputs, self.columns, self.inputs = len(scale), columns, inputs
-        self.bias = None if bias is None else vector("bias", bias, self.outputs)
-        self.packed = check_packed(packed, self.outputs, columns)
-        self.most = -1
-        if self.packed.is_cpu and sys.byteorder == "little":
-            from weft.kernels.cpu import signs as loops
-
-            shift = 0 if self.bias is None else self.bias.data_ptr()
-            self.addresses = self.packed.data_ptr(), self.scale.data_ptr(), shift
-            self.run = (loops.sums if inputs == "floats" else loops.product).compile()
-            self.flags = () if inputs == "floats" else (inputs == "scaled signs",)
-            self.most = _most_rows(columns, self.outputs, inputs)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """``[..., D]`` to float32 ``[..., O]``; not to be traced: there, call `sign_product` or `sign_sums`."""
-        found = self.at_once(x) if torch.is_inference_mode_enabled() else None
-        if found is None and isinstance(x, Tensor) and x.shape[-1:] != (self.columns,):
-            raise UsageError(f"x has the shape {tuple(x.shape)}: give [..., {self.columns}]")
-        return _dispatched(x, self.packed, self.scale, self.bias, self.inputs) if found is None else found
-
-    def at_once(self, x: Tensor) -> Tensor | None:
-        """The same for a plain, small x, under `torch.inference_mode` and past torch's dispatcher; else None.
-
-        There is nothing to differentiate, and neither compiled nor exported code may call it.
-        """
-        plain = type(x) is Tensor and x.dtype is torch.float32 and x.is_contiguous() and x.is_cpu and x.ndim == 2
-        if not plain or compiled.counting or torch.jit.is_tracing():
-            return None
-        rows, columns = x.shape
-        if columns != self.columns or rows > self.most:
-            return None
-        outputs = self.outputs
-        try:
-            at = x.data_ptr()
-        except RuntimeError:  # what is inside of torch.func.vmap has none
-            return None
-        # new_empty takes twice as long, but knows what x is: modes may make another tensor of these
-        out = torch.empty_like(x) if outputs == columns else torch.empty(rows, outputs)
-        if type(out) is not Tensor or out.dtype is not torch.float32 or not out.is_cpu:
-            return None
-        self.run(at, *self.addresses, out.data_ptr(), rows, columns, outputs, 0, outputs, *self.flags)
-        return out
+def address_of(tensor: Tensor | None) -> int:
+    """Of its memory, 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def vector(name: str, value: Tensor, size: int | None) -> Tensor:
@@ -252,7 +194,7 @@ def _cost(columns: int, inputs: str) -> int:
     return columns // (16 if inputs == "floats" else 256) + 1
 
 
-def _most_rows(columns: int, outputs: int, inputs: str) -> int:
+def most_rows(columns: int, outputs: int, inputs: str) -> int:
     """As many rows as are not worth a second thread."""
     return (2 * GRAIN - 1) // max(1, outputs * _cost(columns, inputs))
 
@@ -262,9 +204,8 @@ def _run(loop: Any, inputs: str, x: Tensor, packed: Tensor, scale: Tensor, bias:
     rows, columns = x.shape
     outputs = scale.shape[0]
     out = x.new_empty(rows, outputs)
-    shift = 0 if bias is None else bias.data_ptr()
-    args = x.data_ptr(), packed.data_ptr(), scale.data_ptr(), shift, out.data_ptr(), rows, columns, outputs
-    if rows <= _most_rows(columns, outputs, inputs):
+    args = x.data_ptr(), packed.data_ptr(), scale.data_ptr(), address_of(bias), out.data_ptr(), rows, columns, outputs
+    if rows <= most_rows(columns, outputs, inputs):
         loop(*args, 0, outputs, *flags)
     else:
         cost = rows * _cost(columns, inputs)

@@ -13,7 +13,8 @@ from torch.autograd.forward_ad import unpack_dual
 
 from weft.convert import Convertible
 from weft.errors import Unsupported, UsageError
-from weft.kernels.signs import SignMatrix, pack_signs, sign_product, sign_sums
+from weft.kernels.sign_matrix import SignMatrix, frozen_product
+from weft.kernels.signs import pack_signs, sign_product, sign_sums
 
 __all__ = ["SignLayer", "SignLinear"]
 
@@ -212,7 +213,7 @@ class SignLinear(SignLayer):
     """A `SignLayer` for ``nn.Linear``, fastest under `torch.inference_mode`; abstract still.
 
     Attributes:
-        inputs: what the bits are multiplied with, as `weft.kernels.signs.SignMatrix` takes it.
+        inputs: what the bits are multiplied with, as `weft.kernels.sign_matrix.SignMatrix` takes it.
 
     Args:
         layer: the ordinary layer.
@@ -246,13 +247,16 @@ class SignLinear(SignLayer):
             bits is not None
             and not self.training
             and not torch.compiler.is_compiling()
-            and torch.is_inference_mode_enabled()
             and not torch.is_autocast_enabled("cpu")
             and bits.state == self._state()
             and (y := bits.matrix.at_once(x)) is not None
         ):
             return y
         return super().forward(x)
+
+    def frozen(self) -> Callable[[Tensor], Tensor]:
+        """As `SignLayer.frozen`."""
+        return frozen_product(cast(SignMatrix, super().frozen()))
 
     def check(self, x: Tensor) -> None:
         """Raises UsageError for another number of features."""

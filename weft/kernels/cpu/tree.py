@@ -25,12 +25,24 @@ IDENTITY, RELU, GELU, GELU_TANH, SILU = U(0), U(1), U(2), U(3), U(4)
 
 
 @numba.njit(error_model="numpy")
-def dot(a: Any, x: Any, size: Any) -> Any:
-    """The product of two vectors; the order of its sums depends on ``size`` alone."""
+def dot(a: Any, x: Any, size: Any, ahead: Any, step: Any, stride: Any) -> Any:
+    """The product of two vectors; the order of its sums depends on ``size`` alone.
+
+    For each four lines of ``a`` eight are asked for, ``stride`` apart, from ``ahead`` on, ``step`` further each time.
+    """
     end, last = size & ~U(63), size & ~U(15)
     s0 = s1 = s2 = s3 = splat(f32(0.0))
     for i in range(U(0), end, U(64)):
-        p, q = a + FLOAT * i, x + FLOAT * i
+        p, q, near = a + FLOAT * i, x + FLOAT * i, ahead + step * (i >> U(6))
+        far = near + U(4) * stride
+        prefetch(near)
+        prefetch(near + stride)
+        prefetch(near + U(2) * stride)
+        prefetch(far - stride)
+        prefetch(far)
+        prefetch(far + stride)
+        prefetch(far + U(2) * stride)
+        prefetch(far + U(3) * stride)
         s0 = fma(load(p), load(q), s0)
         s1 = fma(load(p + LINE), load(q + LINE), s1)
         s2 = fma(load(p + U(128)), load(q + U(128)), s2)
@@ -41,6 +53,20 @@ def dot(a: Any, x: Any, size: Any) -> Any:
     for i in range(last, size):
         s += one_at(a + FLOAT * i) * one_at(x + FLOAT * i)
     return s
+
+
+@numba.njit(error_model="numpy")
+def leaf_of(plan: Any, x: Any) -> Any:
+    """The leaf of one row: while a node is read, both that may follow are asked for."""
+    nodes, node_bias, features, depth = plan[0], plan[1], plan[6], plan[8]
+    into, node = FLOAT * features, U(0)
+    for level in range(ONE, depth + ONE):
+        ahead, step, stride = nodes + into * (U(2) * node + ONE), U(512), LINE
+        if level == depth:
+            ahead, step, stride = plan[2] + into * plan[9] * (U(2) * node + U(2) - (ONE << depth)), LINE, U(2) * into
+        z = dot(nodes + into * node, x, features, ahead, step, stride) + one_at(node_bias + FLOAT * node)
+        node = U(2) * node + (U(2) if z >= f32(0.0) else ONE)
+    return node + ONE - (ONE << depth)
 
 
 @numba.njit(error_model="numpy")
@@ -162,7 +188,8 @@ def leaf_rows(plan: Any, leaf: Any, following: Any, x: Any, out: Any, rows: Any,
             dots(first + into * k, x + into * rows[r], features, hidden + FLOAT * (width * r + k), ahead, step)
     for r in range(count):
         for k in range(blocks, width):
-            put_one(hidden + FLOAT * (width * r + k), dot(first + into * k, x + into * rows[r], features))
+            w = first + into * k
+            put_one(hidden + FLOAT * (width * r + k), dot(w, x + into * rows[r], features, w + into, U(256), LINE))
         for k in range(width):
             at = hidden + FLOAT * (width * r + k)
             z = one_at(at)
@@ -220,15 +247,15 @@ def descend(plan: Any, x: Any, out: Any, start: Any, stop: Any) -> None:
     hidden = U(scratch.ctypes.data) + EIGHT * (SAME + size)
     for r in range(size):
         keys[r] = U(0)
-    for begin in range(U(0), size, CHUNK):
+    if size == ONE:
+        keys[0] = leaf_of(plan, x + into * start) << U(32)
+    for begin in range(U(0), size if size != ONE else U(0), CHUNK):
         end = min(begin + CHUNK, size)
         for _ in range(depth):
             for r in range(begin, end):
-                if r + ONE < end:
-                    for i in range(U(0), into, LINE):
-                        prefetch(nodes + into * keys[r + ONE] + i)
-                node = keys[r]
-                z = dot(nodes + into * node, x + into * (start + r), features) + one_at(node_bias + FLOAT * node)
+                node, ahead = keys[r], nodes + into * keys[min(r + ONE, end - ONE)]
+                z = dot(nodes + into * node, x + into * (start + r), features, ahead, U(256), LINE)
+                z += one_at(node_bias + FLOAT * node)
                 keys[r] = U(2) * node + (U(2) if z >= f32(0.0) else ONE)
         for r in range(begin, end):
             keys[r] = (keys[r] + ONE - (ONE << depth)) << U(32) | r
