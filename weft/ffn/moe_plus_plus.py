@@ -22,7 +22,7 @@ experts without the zero expert, so that beside it another expert counts fully: 
 equation). Their code also has a two-layer router and multiplies the experts' input by K; not here. The paper does not
 say whether T in C_i counts a token once or K times; here K times, else half of all slots would be dropped for K = 2.
 On a CPU the feed-forward experts' products bound the time: it falls with the share of slots that go elsewhere, which
-training has to bring about (small tau); against a dense layer of as many operations it loses.
+training has to bring about (small tau); against a dense layer of as many operations many small experts lose.
 """
 
 from __future__ import annotations
