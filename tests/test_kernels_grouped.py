@@ -196,6 +196,49 @@ def test_rows_of_a_table(tokens, j, n, d, small):
         rows.BLOCK = before
 
 
+@settings(max_examples=40, deadline=None)
+@given(tokens=st.integers(0, 7), j=st.integers(0, 11), n=st.integers(1, 9), d=SIZES, sparse=st.booleans())
+def test_loops_of_rows_against_float64(tokens, j, n, d, sparse):
+    table = leaf(n, d + 3, dtype=torch.float32).detach()[:, 2 : d + 2]
+    x, weights = (leaf(tokens, k, dtype=torch.float32).detach() for k in (d, j))
+    numbers = torch.randint(n, (tokens, j), generator=torch.Generator().manual_seed(n + d))
+    pairs = [(row_products, x, lambda x, table: (x[:, None] * table[numbers]).sum(2)),
+             (row_sums, weights, lambda w, table: (w[:, :, None] * table[numbers]).sum(1))]  # fmt: skip
+    for mine, first, exact in pairs:
+        leaves = [t.detach().requires_grad_() for t in (first, table)]
+        wide = [t.detach().double().requires_grad_() for t in (first, table)]
+        out, wanted = mine(*leaves, numbers, sparse=sparse), exact(*wide)
+        error = leaf(*wanted.shape, dtype=torch.float32, seed=2).detach()
+        grads = torch.autograd.grad(out, leaves, error)
+        found = [out, grads[0], grads[1].to_dense() if sparse else grads[1]]
+        agree(found, [wanted, *torch.autograd.grad(wanted, wide, error.double(), materialize_grads=True)], d + 8 * j)
+
+
+def test_many_rows_and_two_threads(threads):
+    x, table, numbers = torch.randn(300, 512), torch.randn(20000, 512), torch.randint(20000, (300, 24))
+    weights, found = torch.randn(300, 24), []
+    for count in (1, 2, 3):
+        threads(count)
+        found.append([row_products(x, table, numbers), row_sums(weights, table, numbers)])
+        found[-1] += [rows._add_rows(weights, x, numbers, 20000), rows._weighted(weights, x)]
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+    args = (x, table, numbers), (weights, table, numbers), (weights, x, numbers, 20000), (weights, x)
+    references = rows.row_products_reference, rows.row_sums_reference, rows.add_rows_reference, rows.weighted_reference
+    for mine, reference, given_ in zip(found[0], references, args, strict=True):
+        wide = [t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in given_]
+        assert torch.allclose(mine.double(), reference(*wide), rtol=1e-5, atol=1e-3)
+
+
+def test_numbers_of_rows_that_a_table_does_not_have():
+    x, table, weights = torch.ones(2, 3), torch.ones(4, 3), torch.ones(2, 1)
+    for wrong in ([[0], [4]], [[-1], [0]]):
+        numbers = torch.tensor(wrong)
+        for call in (lambda n: row_products(x, table, n), lambda n: row_sums(weights, table, n),
+                     lambda n: rows._add_rows(weights, x, n, 4)):  # fmt: skip
+            with pytest.raises(IndexError, match="give 0 to 3"):
+                call(numbers)
+
+
 def test_sparse_gradients_of_a_table_are_the_dense_ones():
     numbers = torch.tensor([[0, 2, 2], [5, 0, 1]])
     for function, first in ((row_products, leaf(2, 4)), (row_sums, leaf(2, 3))):
@@ -219,5 +262,6 @@ def test_operators_are_described_correctly():
         (rows._products, (x, table, numbers)),
         (rows._sums, (few, table, numbers)),
         (rows._add_rows, (few, x, numbers, 6)),
+        (rows._weighted, (few, x)),
     ):
         torch.library.opcheck(op, args)

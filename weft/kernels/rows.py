@@ -1,6 +1,7 @@
 """Products with chosen rows of a table, and weighted sums of them, without a tensor of all chosen rows.
 
-The two are each other's derivatives; the second is what an embedding bag computes. Rows are read in blocks of tokens.
+The two are each other's derivatives; the second is what an embedding bag computes. In plain torch rows are read in
+blocks of tokens; on CPUs float32 has loops of its own.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from weft.kernels.compiled import operations_of, operator
+from weft.kernels.compiled import operations_of, operator, share
+from weft.kernels.pages import prefer_huge
 
 __all__ = ["row_products", "row_sums"]
 
@@ -66,7 +68,7 @@ def _table_gradient(weights: Tensor, x: Tensor, table: Tensor, numbers: Tensor, 
     """``sum_tj weights[t, j] x[t]`` into row ``numbers[t, j]`` of a tensor like the table."""
     if not sparse:
         return _add_rows(weights, x, numbers, table.shape[0])
-    values = (weights[:, :, None] * x[:, None, :]).flatten(0, 1)
+    values = _weighted(weights, x)
     return torch.sparse_coo_tensor(numbers.reshape(1, -1), values, table.shape, check_invariants=False)
 
 
@@ -104,6 +106,88 @@ def add_rows_reference(weights: Tensor, x: Tensor, numbers: Tensor, rows: int) -
     return out
 
 
+def weighted_reference(weights: Tensor, x: Tensor) -> Tensor:
+    """``weights[t, j] x[t]``, ``[T J, D]``."""
+    return (weights[:, :, None] * x[:, None, :]).flatten(0, 1)
+
+
+def _native(*floats: Tensor) -> bool:
+    """Whether the loops take these: the reference says what is wrong with others."""
+    return all(t.ndim == 2 and t.dtype == torch.float32 for t in floats)
+
+
+def _chosen(numbers: Tensor, tokens: int) -> bool:
+    return numbers.ndim == 2 and numbers.dtype == torch.int64 and numbers.shape[0] == tokens
+
+
+def _checked(numbers: Tensor, rows: int) -> Tensor:
+    """The numbers as the loops read them."""
+    if numbers.numel():
+        least, most = (int(n) for n in torch.aminmax(numbers))
+        if least < 0 or most >= rows:
+            raise IndexError(f"rows from {least} to {most} of {rows}: give 0 to {rows - 1}")
+    return numbers.contiguous()
+
+
+def _tokens(loop: Any, numbers: Tensor, width: int, *given: int) -> None:
+    """Calls the loop on parts of the tokens."""
+    tokens, j = numbers.shape
+    unit = max(1, j * width)
+    share(lambda start, stop: loop(*given, start // unit, stop // unit, j, width), tokens * unit, unit)
+
+
+def _products_cpu(x: Tensor, table: Tensor, numbers: Tensor) -> Tensor:
+    if not (_native(x, table) and _chosen(numbers, len(x)) and x.shape[1] == table.shape[1] and table.stride(1) == 1):
+        return row_products_reference(x, table, numbers)
+    from weft.kernels.cpu import rows as loops
+
+    x, numbers, out = x.contiguous(), _checked(numbers, table.shape[0]), x.new_empty(numbers.shape)
+    given = x.data_ptr(), table.data_ptr(), 4 * table.stride(0), numbers.data_ptr(), out.data_ptr()
+    _tokens(loops.products, numbers, table.shape[1], *given)
+    return out
+
+
+def _sums_cpu(weights: Tensor, table: Tensor, numbers: Tensor) -> Tensor:
+    if not (
+        _native(weights, table)
+        and _chosen(numbers, len(weights))
+        and weights.shape == numbers.shape
+        and table.stride(1) == 1
+    ):
+        return row_sums_reference(weights, table, numbers)
+    from weft.kernels.cpu import rows as loops
+
+    weights, numbers = weights.contiguous(), _checked(numbers, table.shape[0])
+    out = table.new_empty(numbers.shape[0], table.shape[1])
+    given = weights.data_ptr(), table.data_ptr(), 4 * table.stride(0), numbers.data_ptr(), out.data_ptr()
+    _tokens(loops.sums, numbers, table.shape[1], *given)
+    return out
+
+
+def _add_rows_cpu(weights: Tensor, x: Tensor, numbers: Tensor, rows: int) -> Tensor:
+    if not (_native(weights, x) and _chosen(numbers, len(x)) and weights.shape == numbers.shape):
+        return add_rows_reference(weights, x, numbers, rows)
+    from weft.kernels.cpu import rows as loops
+
+    weights, x, numbers = weights.contiguous(), x.contiguous(), _checked(numbers, rows)
+    (tokens, j), d, out = numbers.shape, x.shape[1], prefer_huge(x.new_empty(rows, x.shape[1])).zero_()
+    given = weights.data_ptr(), x.data_ptr(), numbers.data_ptr(), out.data_ptr(), tokens, j, d
+    cost = max(1, tokens * j)
+    share(lambda start, stop: loops.scatter(*given, start // cost, stop // cost), d * cost, 16 * cost)
+    return out
+
+
+def _weighted_cpu(weights: Tensor, x: Tensor) -> Tensor:
+    if not _native(weights, x) or len(x) != len(weights):
+        return weighted_reference(weights, x)
+    from weft.kernels.cpu import rows as loops
+
+    weights, x = weights.contiguous(), x.contiguous()
+    out = prefer_huge(x.new_empty(weights.numel(), x.shape[1]))
+    _tokens(loops.outer, weights, x.shape[1], weights.data_ptr(), x.data_ptr(), out.data_ptr())
+    return out
+
+
 def _products_fake(x: Tensor, table: Tensor, numbers: Tensor) -> Tensor:
     return x.new_empty(numbers.shape)
 
@@ -116,15 +200,36 @@ def _add_rows_fake(weights: Tensor, x: Tensor, numbers: Tensor, rows: int) -> Te
     return x.new_empty(rows, x.shape[1])
 
 
-_products, _sums, _add_rows = (
-    operator(schema, reference, fake=fake, cpu=reference, cuda=reference)
-    for schema, reference, fake in (
-        ("row_products(Tensor x, Tensor table, Tensor numbers) -> Tensor", row_products_reference, _products_fake),
-        ("row_sums(Tensor weights, Tensor table, Tensor numbers) -> Tensor", row_sums_reference, _sums_fake),
+def _weighted_fake(weights: Tensor, x: Tensor) -> Tensor:
+    return x.new_empty(weights.shape[0] * weights.shape[1], x.shape[1])
+
+
+_products, _sums, _add_rows, _weighted = (
+    operator(schema, reference, fake=fake, cpu=cpu, cuda=reference)
+    for schema, reference, fake, cpu in (
+        (
+            "row_products(Tensor x, Tensor table, Tensor numbers) -> Tensor",
+            row_products_reference,
+            _products_fake,
+            _products_cpu,
+        ),
+        (
+            "row_sums(Tensor weights, Tensor table, Tensor numbers) -> Tensor",
+            row_sums_reference,
+            _sums_fake,
+            _sums_cpu,
+        ),
         (
             "add_rows(Tensor weights, Tensor x, Tensor numbers, SymInt rows) -> Tensor",
             add_rows_reference,
             _add_rows_fake,
+            _add_rows_cpu,
+        ),
+        (
+            "weighted_rows(Tensor weights, Tensor x) -> Tensor",
+            weighted_reference,
+            _weighted_fake,
+            _weighted_cpu,
         ),
     )
 )
