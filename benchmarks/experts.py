@@ -18,10 +18,10 @@ from benchmarks.ratios import ratio
 from weft.ffn import PEER, AvgK, MoEPlusPlus
 
 COPIES = 4  # inputs in turn
+BLOCKS = (8, 32, 128, 512)  # cells that Avg-K takes together
 BARE = {"zero": 0, "copy": 0, "constant": 0, "tau": 1.0, "capacity": None, "balance": 0.0}
 MIXTURES = [  # experts, active, d, hidden, tokens
-    (64, 2, 512, 256, 2048),
-    (64, 2, 512, 256, 256),
+    *((64, 2, 512, 256, tokens) for tokens in (2048, 32, 256, 8192)),
     (8, 2, 512, 1024, 2048),
     (64, 2, 64, 32, 2048),
 ]
@@ -114,7 +114,9 @@ def run(say: Callable[[str], None], rounds: int = 9) -> list[dict[str, Any]]:
                 "dense bf16": feed_forward(d, hidden * active).bfloat16(),
             }
             name = f"{case}, {str(dtype).removeprefix('torch.')}, to the loop"
-            rows += compared(name, Loop(ours), others, tokens, d, rounds)
+            found = compared(name, Loop(ours), others, tokens, d, rounds)
+            sizes = {"experts": experts, "hidden": hidden, "tokens": tokens, "dtype": str(dtype)[6:]}
+            rows += [sizes | row for row in found]
             say(_told(rows[-len(others) :]))
     d, tokens = 512, 2048
     experts = MoEPlusPlus(d, 256, experts=8, capacity=None, balance=0.0)
@@ -126,7 +128,7 @@ def run(say: Callable[[str], None], rounds: int = 9) -> list[dict[str, Any]]:
         ("MoE++ 8 + 4, top 2, to dense of the same active units", feed_forward(d, 512),
          {"ours": experts, "ours, more skipped": skipping}, tokens),
         ("4096 hidden units, to dense of all of them", cells,
-         {f"Avg-K, blocks of {g}, 1 of 8": AvgK(cells, block=g, active=0.125) for g in (8, 32, 128, 512)}, tokens),
+         {f"Avg-K, blocks of {g}, 1 of 8": AvgK(cells, block=g, active=0.125) for g in BLOCKS}, tokens),
         ("PEER, 65,536 experts, 8 x 16, to dense of 128 units", feed_forward(d, 128),
          {"ours": PEER(d, 65536), "ours, sparse": PEER(d, 65536, sparse=True)}, 256),
     ]  # fmt: skip

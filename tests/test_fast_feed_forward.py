@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 
 import weft
 from weft.errors import Unsupported, UsageError
@@ -229,3 +230,20 @@ def test_tangents_in_eval_mode_with_weights_that_do_not_learn(kind):
     out, found = torch.func.jvp(made, (x,), (t,))
     assert torch.allclose(out, made(x)) and found.abs().max() > 0.01
     assert torch.allclose(found, (made(x + 1e-6 * t) - made(x - 1e-6 * t)) / 2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tangents_outlast_no_grad(kind):
+    """`torch.no_grad` is no barrier to forward mode: of the input, or of a weight."""
+    made, (x, t) = layer(kind).eval(), torch.randn(2, 5, 12)
+    name, weight = next((n, p) for n, p in made.named_parameters() if "down" in n)
+    with torch.no_grad():
+        made(x)  # what is fast is ready
+        with dual_level():
+            assert unpack_dual(made(make_dual(x, t))).tangent.abs().max() > 0.01
+            moved = {name: make_dual(weight.detach(), torch.randn_like(weight))}
+            assert unpack_dual(torch.func.functional_call(made, moved, x)).tangent.abs().max() > 0.01
+    if kind is FastFeedForward:
+        run = made.frozen()
+        with torch.no_grad(), dual_level(), pytest.raises(UsageError, match="no derivative"):
+            run(make_dual(x, t))

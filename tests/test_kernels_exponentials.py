@@ -201,6 +201,20 @@ def test_wrong_use_is_an_error_that_says_what_to_give(call, says):
     assert says in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("shape", "torchs"), [((64, 128), True), ((8192, 32), True), ((1 << 17, 2), False), ((2, 1 << 17), False)]
+)
+def test_the_fastest_way_is_one_of_two(shape, torchs):
+    x = numbers(*shape)
+    assert torch.equal(softmax(x, 1), torch.softmax(x, 1) if torchs else softmax(x, 1, "online"))
+    assert torch.equal(softmax(x.T, 0), torch.softmax(x.T, 0) if torchs else softmax(x, 1).T)
+    assert torch.equal(softmax(x, 0), torch.softmax(x, 0))
+    assert torch.equal(softmax(x.bfloat16()), torch.softmax(x.bfloat16(), -1))
+    g, given = numbers(*shape, seed=1), x.requires_grad_()  # with its way back it pays later
+    found, wanted = (torch.autograd.grad(f(given, 1), given, g)[0] for f in (softmax, torch.softmax))
+    assert torch.equal(found, wanted)
+
+
 def test_where_it_is_found():
     assert weft.ops.softmax is softmax
     assert weft.precision.softmax(torch.zeros(2)).tolist() == [0.5, 0.5]

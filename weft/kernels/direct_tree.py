@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 from torch.autograd.graph import increment_version
 
 from weft.errors import Unsupported, UsageError
@@ -36,7 +37,7 @@ def direct_tree(
     address = Tensor.data_ptr
     compiling, derivatives, autocast = torch.compiler.is_compiling, torch.is_grad_enabled, torch.is_autocast_enabled
     overridden, empty_like, single = torch.overrides.has_torch_function_unary, torch.empty_like, torch.float32
-    tracing = torch.jit.is_tracing
+    tracing, inference = torch.jit.is_tracing, torch.is_inference_mode_enabled
 
     def look(addresses: tuple[int, ...]) -> tuple[Any, ...] | None:
         nonlocal state
@@ -62,6 +63,7 @@ def direct_tree(
             or overridden(x)
             or compiled.counting
             or tracing()
+            or not (inference() or _still(x, *parameters.values()))
         ):
             return None
         try:
@@ -115,6 +117,7 @@ def frozen_tree(parts: Sequence[Tensor | None], activation: str | None) -> Calla
         loop, plan, most = loops.descend.compile(), plan_of(parts, activation), most_rows(up, down)
     address, compiling, single = Tensor.data_ptr, torch.compiler.is_compiling, torch.float32
     overridden, empty_like, tracing = torch.overrides.has_torch_function_unary, torch.empty_like, torch.jit.is_tracing
+    inference = torch.is_inference_mode_enabled
 
     def run(x: Tensor, out: Tensor | None = None) -> Tensor:
         if (
@@ -124,6 +127,7 @@ def frozen_tree(parts: Sequence[Tensor | None], activation: str | None) -> Calla
             and x.is_cpu
             and x.is_contiguous()
             and not (x.requires_grad or compiled.counting or compiling() or overridden(x) or tracing())
+            and (inference() or _still(x))
         ):
             shape = x.shape
             if shape and shape[-1] == features and (rows := x.numel() // features) <= most:
@@ -157,6 +161,11 @@ def frozen_tree(parts: Sequence[Tensor | None], activation: str | None) -> Calla
         return out.copy_(found)
 
     return run
+
+
+def _still(*tensors: Tensor | None) -> bool:
+    """Whether none has a tangent: `torch.no_grad` keeps them, `torch.inference_mode` does not."""
+    return all(t is None or unpack_dual(t).tangent is None for t in tensors)
 
 
 def _readable(parts: Sequence[Tensor | None]) -> bool:

@@ -15,9 +15,10 @@ from weft.kernels.exponentials import softmax_rows, softmax_rows_backward
 __all__ = ["softmax"]
 
 METHODS = "two-pass", "online"
+FEW = 1 << 17  # elements
 
 
-def softmax(x: Tensor, dim: int = -1, method: str = "online") -> Tensor:
+def softmax(x: Tensor, dim: int = -1, method: str = "fastest") -> Tensor:
     """``exp(x) / sum of exp(x)`` along a dimension, as `torch.softmax` gives it to 1e-6, nan and inf included.
 
     Args:
@@ -26,6 +27,8 @@ def softmax(x: Tensor, dim: int = -1, method: str = "online") -> Tensor:
         dim: a row is what lies along it; rows that are not contiguous are copied.
         method: ``"online"`` stores each exponential, and scales it; ``"two-pass"`` finds each twice and stores none: on
             the CPU that was measured slower for rows of one to four million, and about as fast elsewhere.
+            ``"fastest"`` is online where that is expected to pay, else torch's: for half types, fewer elements than a
+            call's cost is worth, rows that are not contiguous, and rows of 16 to 63, which torch takes many at a time.
 
     Returns:
         x's shape and dtype; under autocast the dtype that `torch.softmax` gives.
@@ -34,8 +37,8 @@ def softmax(x: Tensor, dim: int = -1, method: str = "online") -> Tensor:
         UsageError: for a dimension that x does not have, another dtype or an unknown method.
     """
     check_tensor("x", x, FLOATS)
-    if method not in METHODS:
-        raise UsageError(unknown("method", str(method), list(METHODS), "of softmax"))
+    if method not in (*METHODS, "fastest"):
+        raise UsageError(unknown("method", str(method), [*METHODS, "fastest"], "of softmax"))
     most = max(x.ndim, 1)
     if isinstance(dim, bool) or not isinstance(dim, int) or not -most <= dim < most:
         raise UsageError(f"dim={dim!r} of a tensor with {x.ndim} dimension(s): give {-most} to {most - 1}")
@@ -43,12 +46,21 @@ def softmax(x: Tensor, dim: int = -1, method: str = "online") -> Tensor:
     plain = x.dtype == torch.float64 or x.ndim == 0 or kind != "cpu"
     if plain or torch.is_autocast_enabled(kind) or torch.compiler.is_compiling():
         return torch.softmax(x, dim)
-    stored, along_last = method == "online", dim in (-1, x.ndim - 1)
-    if x.dtype == torch.float32 and along_last and _undifferentiated(x):
+    stored, along_last = method != "two-pass", dim in (-1, x.ndim - 1)
+    undifferentiated = _undifferentiated(x)
+    if method == "fastest" and not _pays(x, dim, FEW if undifferentiated else 4 * FEW):
+        return torch.softmax(x, dim)
+    if x.dtype == torch.float32 and along_last and undifferentiated:
         return softmax_rows(x, stored=stored)
     last = x.float() if along_last else x.float().movedim(dim, -1)
     y: Tensor = _Softmax.apply(last, stored)
     return (y if along_last else y.movedim(-1, dim)).to(x.dtype)
+
+
+def _pays(x: Tensor, dim: int, least: int) -> bool:
+    """Whether loops are expected to be faster than torch, as measured on one thread of a server CPU."""
+    long = x.numel() >= least and not 16 <= x.shape[dim] < 64
+    return long and x.dtype == torch.float32 and x.movedim(dim, -1).is_contiguous()
 
 
 def _undifferentiated(x: Tensor) -> bool:

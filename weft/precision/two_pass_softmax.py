@@ -225,12 +225,12 @@ def as_torch(seed: int) -> list[Check]:
     mutants={
         "torch's own": ("or x.ndim == 0 or", "or x.ndim >= 0 or", "weft.ops.exponentials"),
         "two-pass for either": (
-            'stored, along_last = method == "online",',
+            'stored, along_last = method != "two-pass",',
             "stored, along_last = False,",
             "weft.ops.exponentials",
         ),
         "online for either": (
-            'stored, along_last = method == "online",',
+            'stored, along_last = method != "two-pass",',
             "stored, along_last = True,",
             "weft.ops.exponentials",
         ),
