@@ -147,6 +147,45 @@ def test_groups_in_other_dtypes_and_strides(dtype, threads):
     assert torch.allclose(found[0].double(), wide, rtol=0.02, atol=0.02 * float(wide.abs().max()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("moving", ["x", "weights", "bias", "scale", "all"])
+def test_tangents_of_groups(dtype, moving):
+    sizes, taken = torch.tensor([3, 0, 4]), torch.tensor([0, 4, 1, 1, 2, 3, 0])
+    given = {"x": leaf(5, 6, dtype=dtype), "bias": leaf(3, 4, dtype=dtype), "scale": leaf(7, dtype=dtype)}
+    weights = [leaf(4, 6, dtype=dtype, seed=g) for g in range(3)]
+    names = list(given) if moving == "all" else [moving] if moving in given else []
+    moved = weights[1:] if moving in ("weights", "all") else []
+
+    def run(made, *values):
+        held = {**given, **dict(zip(names, values, strict=False))}
+        mine = [*weights[: 3 - len(moved)], *values[len(names) :]]
+        more = (held["bias"], taken, held["scale"])
+        if made is plain:
+            return plain(held["x"], mine, sizes, *more)
+        return grouped_linear(held["x"], mine, sizes, bias=more[0], rows=more[1], scale=more[2])
+
+    primals = [given[n].detach() for n in names] + [w.detach() for w in moved]
+    tangents = [leaf(*t.shape, dtype=dtype, seed=7).detach() for t in primals]
+    found, wanted = (torch.func.jvp(lambda *v, m=m: run(m, *v), tuple(primals), tuple(tangents)) for m in (1, plain))
+    close(found, wanted, 1e-4 if dtype == torch.float32 else 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tangents_of_rows(dtype):
+    table, numbers = leaf(6, 20, dtype=dtype).detach(), torch.tensor([[0, 5, 0], [3, 3, 2]])
+    pairs = ((row_products, 20, lambda x, t: (x[:, None] * t[numbers]).sum(2)),
+             (row_sums, 3, lambda w, t: (w[:, :, None] * t[numbers]).sum(1)))  # fmt: skip
+    for made, width, exact in pairs:
+        first = leaf(2, width, dtype=dtype).detach()
+        tangents = leaf(2, width, dtype=dtype, seed=1).detach(), leaf(6, 20, dtype=dtype, seed=1).detach()
+        for which in ((0,), (1,), (0, 1)):
+            moves = tuple(t if k in which else torch.zeros_like(t) for k, t in enumerate(tangents))
+            found = torch.func.jvp(lambda f, t, made=made: made(f, t, numbers), (first, table), moves)
+            close(found, torch.func.jvp(exact, (first, table), moves), 1e-4 if dtype == torch.float32 else 1e-12)
+        alone = torch.func.jvp(lambda f, made=made: made(f, table, numbers), (first,), tangents[:1])
+        close(alone, torch.func.jvp(lambda f, exact=exact: exact(f, table), (first,), tangents[:1]), 1e-4)
+
+
 def test_a_group_without_rows_has_a_gradient_of_zeros():
     weights = [leaf(3, 2), leaf(3, 2)]
     grouped_linear(leaf(4, 2), weights, torch.tensor([4, 0])).sum().backward()

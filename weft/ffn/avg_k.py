@@ -20,7 +20,7 @@ and the second over a mask, so that no time is saved. Small blocks select best, 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -109,7 +109,7 @@ class AvgK(Convertible):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., D] -> [..., D']``."""
-        first, act, second = two_layers(self.layers)
+        first, act, second = cast(Any, self.layers)
         flat = x.reshape(-1, first.in_features).to(compute_dtype(x))
         y, _ = chosen_blocks(flat, first, act, second, self.block, self.active)
         return y.view(*x.shape[:-1], second.out_features)

@@ -32,7 +32,7 @@ def grouped_linear(
 ) -> Tensor:  # fmt: skip
     """``[N, O]``: rows of x, sorted by group, times each group's weight, plus its bias.
 
-    Rows are gathered anew in the backward pass, so that x alone is kept. Differentiable once.
+    Rows are gathered anew in the backward pass, so that x alone is kept. Differentiable once, backwards or forwards.
 
     Args:
         x: ``[T, D]``.
@@ -59,7 +59,8 @@ def grouped_linear(
     if torch.compiler.is_compiling() and not _needs_gradient(x, bias, scale, *weights):
         plain: Tensor = _product(*given, list(weights))  # the compiler takes no function of many weights without one
         return plain
-    out: Tensor = _GroupedLinear.apply(*given, *weights)
+    kind = _GroupedLinear if torch.compiler.is_compiling() else _WithTangents  # which takes no function with a jvp
+    out: Tensor = kind.apply(*given, *weights)
     return out
 
 
@@ -78,6 +79,7 @@ class _GroupedLinear(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, rows, sizes, bias, scale, *weights = inputs
         ctx.save_for_backward(x, rows, sizes, bias, scale, *weights)
+        ctx.save_for_forward(x, rows, sizes, bias, scale, *weights)
 
     @staticmethod
     @once_differentiable
@@ -88,6 +90,26 @@ class _GroupedLinear(torch.autograd.Function):
         found = _gradients(grad, x, rows, sizes, bias, scale, weights, *asked)
         of_x, of_bias, of_scale = (given if by else None for given, by in zip(found[:3], asked[:3], strict=True))
         return of_x, None, None, of_bias, of_scale, *(found[3] or [None] * len(weights))
+
+
+class _WithTangents(_GroupedLinear):
+    """And forward mode."""
+
+    @staticmethod
+    def jvp(ctx: Any, by_x: Tensor | None, *moved: Tensor | None) -> Tensor:
+        x, rows, sizes, bias, scale, *weights = ctx.saved_tensors
+        (_, _, by_bias, by_scale), by_weights = moved[:4], moved[4:]
+        parts = [] if by_x is None else [_product(by_x, rows, sizes, None, None, weights)]
+        if any(w is not None for w in by_weights):
+            pairs = zip(by_weights, weights, strict=True)
+            changed = [torch.zeros_like(w) if by is None else by for by, w in pairs]
+            parts.append(_product(x, rows, sizes, None, None, changed))
+        if by_bias is not None:
+            each = by_bias.repeat_interleave(sizes, 0)
+            parts.append(each if scale is None else scale[:, None] * each)
+        if by_scale is not None:
+            parts.append(by_scale[:, None] * bias.repeat_interleave(sizes, 0))
+        return torch.stack(parts).sum(0)
 
 
 def _native(

@@ -22,7 +22,7 @@ BLOCK = 1 << 18  # elements of rows at once: they stay in the second-level cache
 
 
 def row_products(x: Tensor, table: Tensor, numbers: Tensor, *, sparse: bool = False) -> Tensor:
-    """``x[t] . table[numbers[t, j]]``, ``[T, J]``. Differentiable once.
+    """``x[t] . table[numbers[t, j]]``, ``[T, J]``. Differentiable once, backwards or forwards.
 
     Args:
         x: ``[T, D]``, of the table's dtype.
@@ -30,13 +30,13 @@ def row_products(x: Tensor, table: Tensor, numbers: Tensor, *, sparse: bool = Fa
         numbers: ``[T, J]`` int64.
         sparse: the table's gradient is a sparse tensor with T J rows, instead of as large as the table.
     """
-    out: Tensor = _Rows.apply(x, table, numbers, True, sparse)
+    out: Tensor = _kind().apply(x, table, numbers, True, sparse)
     return out
 
 
 def row_sums(weights: Tensor, table: Tensor, numbers: Tensor, *, sparse: bool = False) -> Tensor:
     """``sum_j weights[t, j] table[numbers[t, j]]``, ``[T, D]``; arguments as in `row_products`, weights ``[T, J]``."""
-    out: Tensor = _Rows.apply(weights, table, numbers, False, sparse)
+    out: Tensor = _kind().apply(weights, table, numbers, False, sparse)
     return out
 
 
@@ -52,6 +52,7 @@ class _Rows(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         first, table, numbers, ctx.products, ctx.sparse = inputs
         ctx.save_for_backward(first, table, numbers)
+        ctx.save_for_forward(first, table, numbers)
 
     @staticmethod
     @once_differentiable
@@ -62,6 +63,21 @@ class _Rows(torch.autograd.Function):
         of_first = other(grad, table, numbers) if ctx.needs_input_grad[0] else None
         of_table = _table_gradient(weights, x, table, numbers, ctx.sparse) if ctx.needs_input_grad[1] else None
         return of_first, of_table, None, None, None
+
+
+class _WithTangents(_Rows):
+    """And forward mode."""
+
+    @staticmethod
+    def jvp(ctx: Any, by_first: Tensor | None, by_table: Tensor | None, *_: None) -> Tensor:
+        (first, table, numbers), made = ctx.saved_tensors, _products if ctx.products else _sums
+        parts = [] if by_first is None else [made(by_first, table, numbers)]
+        parts += [] if by_table is None else [made(first, by_table, numbers)]
+        return torch.stack(parts).sum(0)
+
+
+def _kind() -> type[_Rows]:
+    return _Rows if torch.compiler.is_compiling() else _WithTangents  # the compiler takes no function with a jvp
 
 
 def _table_gradient(weights: Tensor, x: Tensor, table: Tensor, numbers: Tensor, sparse: bool) -> Tensor:

@@ -18,6 +18,7 @@ trained weights, which begin near zero, not of their change; the code also makes
 from __future__ import annotations
 
 import copy
+import math
 import weakref
 from typing import Any, ClassVar, Self
 
@@ -45,10 +46,17 @@ class _Merged(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         ctx.save_for_backward(inputs[2])
+        ctx.save_for_forward(inputs[2])
+        ctx.shape = output.shape
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return grad.take(ctx.saved_tensors[0]), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, by_compact: Tensor, *_: None) -> Tensor:
+        index, size = ctx.saved_tensors[0], math.prod(ctx.shape)
+        return by_compact.new_zeros(size).index_put((index,), by_compact).view(ctx.shape)
 
 
 class _NuclearNorm(torch.autograd.Function):

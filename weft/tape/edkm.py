@@ -21,7 +21,7 @@ arXiv:2309.00964.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -158,7 +158,7 @@ class EDKM(Convertible):
         return f"bits={self.bits}, temperature={self.temperature}, iterations={self.iterations}"
 
     def _clustered(self) -> tuple[Tensor, ...]:
-        weight = self.layer.get_parameter("weight")
+        weight = cast(Tensor, self.layer.weight)
         w = weight if weight.dtype in (torch.bfloat16, torch.float16) else weight.bfloat16()
         return _Cluster.apply(w, 2**self.bits, self.temperature, self.iterations)
 
@@ -167,11 +167,11 @@ class EDKM(Convertible):
         """What is stored in the end: centroids ``[K]``, and the nearest one of each weight, uint8 in its shape."""
         _, centroids, index, values, *_ = self._clustered()
         nearest = (values[:, None] - centroids[-1]).abs().argmin(1).to(torch.uint8)
-        return centroids[-1], nearest[places(index)].view(self.layer.get_parameter("weight").shape)
+        return centroids[-1], nearest[places(index)].view_as(cast(Tensor, self.layer.weight))
 
     def forward(self, x: Tensor) -> Tensor:
         """What the layer gives for ``x``, with soft clusters in training and the nearest ones in ``eval()``."""
-        weight = self.layer.get_parameter("weight")
+        weight = cast(Tensor, self.layer.weight)
         if self.training:
             clustered = self._clustered()[0]
         else:

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from weft.cards import Card
 from weft.convert import Convertible, convert_, restore_
-from weft.errors import UsageError, WeftError
+from weft.errors import Unsupported, UsageError, WeftError
 from weft.measure import kept_bytes
 from weft.testing.tools import raises, same
 
@@ -43,13 +44,14 @@ def _first(out: Any) -> Tensor:
     return out
 
 
-def _run(layer: nn.Module, x: tuple[Any, ...]) -> list[Tensor]:
-    """The output, and the gradients of its mean square by every floating input and parameter."""
+def _run(layer: nn.Module, x: tuple[Any, ...], cotangent: Tensor | None = None) -> list[Tensor]:
+    """The output, and the gradients of its mean square, or its product, by every floating input and parameter."""
     x = tuple(t.detach().requires_grad_(t.is_floating_point()) for t in x)
     state = copy.deepcopy(layer.state_dict())
     out = _first(layer(*x))
     by = [t for t in (*x, *layer.parameters()) if t.requires_grad]
-    grads = torch.autograd.grad(out.float().square().mean(), by, allow_unused=True)
+    value = out.float().square().mean() if cotangent is None else (out * cotangent).sum()
+    grads = torch.autograd.grad(value, by, allow_unused=True)
     layer.load_state_dict(state)  # what it draws next is what it drew now
     return [out.detach(), *(torch.zeros_like(t) if g is None else g for t, g in zip(by, grads, strict=True))]
 
@@ -71,6 +73,51 @@ def dtypes(card: Card) -> None:
         dense, layer, x = _made(card, dtype)
         for t in _as_dense(dense, layer, x) or []:
             assert torch.isfinite(t).all(), f"{dtype}: not finite"
+
+
+def forward_mode(card: Card) -> None:
+    """In eval mode, tangents of inputs and parameters fit the gradients, or differences of outputs, or are refused.
+
+    A backward pass may be another than the forward pass's own; of tangents nothing may be lost in silence.
+    """
+    _, layer, x = _made(card, torch.float64)
+    layer.eval()
+    state, draw = copy.deepcopy(layer.state_dict()), torch.Generator().manual_seed(1)
+    learned = {name: p.detach() for name, p in layer.named_parameters() if p.requires_grad}
+
+    def run(values: Iterable[Tensor]) -> Tensor:
+        layer.load_state_dict(state)  # what it draws is always the same
+        rest = iter(values)
+        inputs = tuple(next(rest) if t.is_floating_point() else t for t in x)
+        return _first(torch.func.functional_call(layer, dict(zip(learned, rest, strict=True)), inputs))
+
+    floats = [t.detach() for t in x if t.is_floating_point()]
+    before = [p.detach().clone() for p in layer.parameters()]
+    with torch.no_grad():
+        run([*floats, *(p + 1 for p in learned.values())])
+    if not all(map(torch.equal, layer.parameters(), before)):
+        learned = {}  # its parameters are an optimizer's alone: other values of theirs are taken for a step
+    given = [*floats, *learned.values()]
+    moves = [torch.randn(t.shape, generator=draw, dtype=t.dtype) for t in given]
+    with torch.no_grad():
+        outs = [run(t + step * v for t, v in zip(given, moves, strict=True)) for step in (-1e-6, 1e-6)]
+    cotangent = torch.randn(outs[0].shape, generator=draw, dtype=outs[0].dtype)
+    try:
+        with forward_ad.dual_level():
+            out = run(forward_ad.make_dual(t, v) for t, v in zip(given, moves, strict=True))
+            moved = forward_ad.unpack_dual(out).tangent
+    except (NotImplementedError, Unsupported):
+        return
+    layer.load_state_dict(state)
+    gradients = _run(layer, x, cotangent)[1:]
+    layer.load_state_dict(state)
+    assert moved is not None, "the tangents are lost"
+    moved = moved.detach()
+    away = (outs[1] - outs[0]) / 2e-6 - moved
+    by_gradients = sum(float((g * v).sum()) for g, v in zip(gradients, moves, strict=bool(learned)))
+    found, size = float((moved * cotangent).sum()), float(moved.norm() * cotangent.norm()) + 1e-3
+    fits = abs(found - by_gradients) <= 1e-9 * size or float(away.norm()) <= 1e-5 * float(moved.norm() + 1e-3)
+    assert fits, "the tangents are neither those of the backward pass nor the differences of outputs"
 
 
 def strided(card: Card) -> None:
@@ -143,4 +190,4 @@ def lean(card: Card) -> None:
     assert mine < plain, f"{mine} bytes are kept, {plain} by the ordinary layer"
 
 
-EVERY: tuple[Check, ...] = (dtypes, strided, empty, autocast, no_gradients, converts_and_back)
+EVERY: tuple[Check, ...] = (dtypes, forward_mode, strided, empty, autocast, no_gradients, converts_and_back)
