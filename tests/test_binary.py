@@ -241,6 +241,20 @@ def test_bits_follow_an_optimizer_whose_steps_are_not_counted(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_bits_made_between_a_gradient_and_a_step_that_is_not_counted(kind):
+    layer, x = kind(dense()).train(), inputs(3, 40)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=10.0, fused=True)
+    layer(x).square().sum().backward()
+    layer.eval()
+    with torch.no_grad():
+        before = layer(x)
+        optimizer.step()
+        found = layer(x)
+    assert not torch.allclose(found, before)
+    torch.testing.assert_close(found, copy.deepcopy(layer)(x).detach(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("packed", [False, True])
 def test_another_width_is_refused_even_where_the_bytes_are_as_many(kind, packed):
     layer = kind(dense()).eval()

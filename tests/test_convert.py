@@ -92,7 +92,7 @@ def test_errors_say_what_to_do():
     for call, text in (
         (lambda: weft.convert_(net, {nn.Conv2d: Scaled}), "has no Conv2d to swap; it has: Linear"),
         (lambda: weft.convert_(net, Scaled, where="layer*"), "unknown where 'layer"),
-        (lambda: weft.convert_(nn.Linear(2, 2), Scaled), "put it into an nn.Sequential"),
+        (lambda: weft.convert_(nn.Linear(2, 2), Scaled), "give one that has it inside"),
         (lambda: weft.convert_(net, {nn.Linear: 3}), "give a type of layer"),
         (lambda: weft.convert_(net, Convertible), "does not say which layers"),
         (lambda: weft.convert_(net, {nn.Linear: lambda layer: None}), "it gives a module"),
@@ -103,6 +103,11 @@ def test_errors_say_what_to_do():
         (lambda: read_conversion("offload"), "unknown layer"),
         (lambda: read_conversion({"layer": "stationary-feedback", "at": "x"}), "did you mean|valid"),
         (lambda: read_conversion({"options": {}}), "a conversion has layer"),
+        (lambda: read_conversion("sparse-linear:density=abc"), "density='abc' of 'sparse-linear': give float"),
+        (lambda: read_conversion("binary-linear:binary_inputs=maybe"), "give bool"),
+        (lambda: read_conversion("moe-plus-plus:experts=2.5"), "give int"),
+        (lambda: read_conversion("moe-plus-plus:experts=null"), "experts=None"),
+        (lambda: read_conversion("sparse-linear:density=0.1,density=0.2"), "density is given twice"),
     ):
         with pytest.raises(UsageError, match=text):
             call()
@@ -114,6 +119,8 @@ def test_text():
     tape = read_tape("quantise:bits=2 | offload:queue_bytes=100000")
     assert str(tape) == "Quantise(bits=2) | Offload" and tape.right.queue_bytes == 100000
     assert read_tape("quantise-stochastic").rounding == "stochastic"
+    assert parse("a:b=1e-1,c=None,d=none,e=nano")[1] == {"b": 0.1, "c": None, "d": None, "e": "nano"}
+    assert read_conversion("moe-plus-plus:capacity=none,balance=1,zero=0")["options"]["capacity"] is None
     given = read_conversion("stationary-feedback:where=a.*")
     assert given == {"layer": "stationary-feedback", "options": {}, "where": "a.*"} == read_conversion(given)
 

@@ -289,6 +289,23 @@ LAYERS = {
         "converts_and_back",
         "restored",
     ),
+    "takes any width": ([(MUL, "Product.apply(x[..., : weight.shape[1]], weight)")], "wrong_shapes", "is taken"),
+    "another from a file": (
+        [
+            (
+                MADE,
+                f"{MADE}\n\n    def __setstate__(self, state):\n        super().__setstate__(state)\n"
+                "        self.weight.data *= 2",
+            )
+        ],
+        "pickled",
+        "another output",
+    ),
+    "another when compiled": (
+        [(OUT, "return out + self.bias.to(out.dtype) * (2 if torch.compiler.is_compiling() else 1)")],
+        "compiled",
+        "another output",
+    ),
     "keeps more": ([("x.bfloat16(), weight)", "x.double(), weight)")], "lean", "bytes are kept"),
 }
 LAST = "    return out"
@@ -317,7 +334,7 @@ KINDS = {
 def test_what_is_to_be_broken_is_good(said_of, kind):
     source, checks, _ = KINDS[kind]
     said = said_of(source, checks)
-    assert len(said) == {"tape": 12, "layer": 8, "function": 3}[kind] and not any(said.values()), said
+    assert len(said) == {"tape": 12, "layer": 11, "function": 3}[kind] and not any(said.values()), said
 
 
 @pytest.mark.parametrize(("kind", "name"), [(k, name) for k, (_, _, breaks) in KINDS.items() for name in breaks])

@@ -121,7 +121,8 @@ def convert_(
     if not swapped:
         wanted = ", ".join(sorted(kind.__name__ for kind in table)) or "nothing"
         place = "" if globs is None else f" at {', '.join(globs)}"
-        own = " (the model itself is one: put it into an nn.Sequential)" if type(model) in table else ""
+        own = " (the model itself is one: give one that has it inside, as nn.Sequential(model) has)"
+        own = own if type(model) in table else ""
         found = sorted({type(m).__name__ for m in model.modules()})
         raise UsageError(f"{type(model).__name__} has no {wanted} to swap{place}{own}; it has: {', '.join(found)}")
     return swapped

@@ -31,11 +31,26 @@ def parse(text: str) -> tuple[str, dict[str, Any]]:
         key, sign, value = pair.partition("=")
         if not sign or not key.strip().isidentifier():
             raise UsageError(f"{text.strip()!r}: write a name, or name:key=value,key=value")
+        if key.strip() in options:
+            raise UsageError(f"{text.strip()!r}: {key.strip()} is given twice")
         try:  # globs are text: to YAML a star is an alias
-            options[key.strip()] = value.strip() if key.strip() == "where" else yaml.safe_load(value)
+            options[key.strip()] = value.strip() if key.strip() == "where" else _value(value)
         except yaml.YAMLError as error:
             raise UsageError(f"{text.strip()!r}: {value!r} is not a value ({error})") from error
     return name.strip(), options
+
+
+def _value(text: str) -> Any:
+    """YAML's, and what it takes for text: 1e-3, and None as Python writes it."""
+    found = yaml.safe_load(text)
+    if not isinstance(found, str):
+        return found
+    if found.lower() == "none":
+        return None
+    try:
+        return float(found)
+    except ValueError:
+        return found
 
 
 def read_tape(text: str) -> Tape:
@@ -127,8 +142,22 @@ def _find(text: str, contract: str) -> tuple[Card, dict[str, Any]]:
 
 
 def _known(found: Card, options: Mapping[str, Any]) -> Mapping[str, Any]:
-    names = [option.name for option in found.options]
-    for given in options:
-        if given not in names:
-            raise UsageError(unknown("option", str(given), names, f"of {found.name!r}"))
+    wanted = {option.name: option.annotation for option in found.options}
+    for given, value in options.items():
+        if given not in wanted:
+            raise UsageError(unknown("option", str(given), list(wanted), f"of {found.name!r}"))
+        if not _fits(value, wanted[given]):
+            raise UsageError(f"{given}={value!r} of {found.name!r}: give {wanted[given].replace(' | ', ' or ')}")
     return options
+
+
+def _fits(value: Any, annotation: str) -> bool:
+    """Whether it is one of what an option takes, as far as plain words say that."""
+    kinds = [kind.strip() for kind in annotation.split("|")]
+    if not annotation or not set(kinds) <= {"bool", "int", "float", "str", "None"}:
+        return True
+    if isinstance(value, bool) or value is None:
+        return ("bool" if value is not None else "None") in kinds
+    if isinstance(value, int | float):
+        return "float" in kinds or ("int" in kinds and isinstance(value, int))
+    return type(value).__name__ in kinds

@@ -34,7 +34,7 @@ from weft.ffn.moe_plus_plus import MoEPlusPlus
 from weft.kernels.grouped import grouped_linear
 from weft.measure import operations
 from weft.method import method
-from weft.ops.feed_forward import two_layers
+from weft.ops.feed_forward import rows_of, two_layers
 from weft.ops.routing import sorted_slots
 from weft.testing.example import Example
 
@@ -110,7 +110,7 @@ class AvgK(Convertible):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., D] -> [..., D']``."""
         first, act, second = cast(Any, self.layers)
-        flat = x.reshape(-1, first.in_features).to(compute_dtype(x))
+        flat = rows_of(x, first.in_features, first.weight).to(compute_dtype(x))
         y, _ = chosen_blocks(flat, first, act, second, self.block, self.active)
         return y.view(*x.shape[:-1], second.out_features)
 

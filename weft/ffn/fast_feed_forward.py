@@ -39,7 +39,7 @@ from weft.kernels.row_skipping import differentiated
 from weft.kernels.tree import leaves_of, tree_feed_forward
 from weft.method import method
 from weft.ops.auxiliary import add_loss
-from weft.ops.feed_forward import two_layers
+from weft.ops.feed_forward import rows_of, two_layers
 from weft.ops.token_layers import POINTWISE
 from weft.ops.tree import entropy, imbalance, kernel_activation, leaf_outputs, mixed_leaves, mixture
 from weft.testing.example import Example
@@ -131,6 +131,8 @@ class FastFeedForward(Convertible):
             options: as for the class; sizes, activation and dtype are the layer's.
         """
         check_whole("depth", depth, 1, 24)
+        if given := {"leaf_width", "activation", "device", "dtype"} & options.keys():
+            raise UsageError(f"{', '.join(sorted(given))} of a tree that stands in for a layer: they are the layer's")
         (first, act, second), leaves = two_layers(layer), 1 << depth
         width, rest = divmod(first.out_features, leaves)
         if rest or not width:
@@ -153,7 +155,7 @@ class FastFeedForward(Convertible):
         """``[..., D] -> [..., O]``: all leaves in training mode, one leaf for each row in eval mode."""
         if not self.training:
             return self.one_leaf(x) if (out := self._direct(x)) is None else out
-        return self.all_leaves(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], self.out_features)
+        return self.all_leaves(rows_of(x, self.in_features, self.up_weight)).reshape(*x.shape[:-1], self.out_features)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_direct"}
@@ -170,8 +172,8 @@ class FastFeedForward(Convertible):
         leaves = self.up_weight, self.up_bias, self.down_weight, self.down_bias
         nodes, node_bias, kind = self.node_weight, self.node_bias, x.device.type
         lower = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+        rows = rows_of(x, self.in_features, nodes).to(nodes.dtype if lower else x.dtype)
         with plain_math(x.device):
-            rows = x.reshape(-1, x.shape[-1]).to(nodes.dtype if lower else x.dtype)
             if differentiated(x, *leaves) or not self._kind:
                 leaf = leaves_of(rows.detach(), nodes.detach(), node_bias.detach())
                 out = leaf_outputs(rows, leaf, *leaves, self.activation)

@@ -40,6 +40,7 @@ from weft.ffn.mixture import Mixture, compute_dtype, uniform
 from weft.measure import operations
 from weft.method import method
 from weft.ops.auxiliary import add_loss
+from weft.ops.feed_forward import rows_of
 from weft.ops.pathway import Pathway
 from weft.ops.routing import balance_loss, sorted_slots, top_gates, within_capacity
 from weft.testing.example import Example
@@ -113,7 +114,7 @@ class MoEPlusPlus(Mixture):
 
     def forward(self, x: Tensor, previous: Tensor | None = None) -> Tensor:
         """``[..., D] -> [..., D']``; ``previous`` are the scores ``[T, N]`` of the layer before, for its pathway's."""
-        flat = x.reshape(-1, self.features)
+        flat = rows_of(x, self.features, self.up[0])
         if previous is None and self.pathway is not None:
             previous = self.pathway.previous(self.place, flat.shape[0])
         scores = self.route(flat, previous)

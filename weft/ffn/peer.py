@@ -37,7 +37,7 @@ from weft.ffn.mixture import compute_dtype, uniform
 from weft.kernels.rows import row_products, row_sums
 from weft.measure import operations
 from weft.method import method
-from weft.ops.feed_forward import two_layers
+from weft.ops.feed_forward import rows_of, two_layers
 from weft.ops.product_keys import product_key_topk
 from weft.testing.example import Example
 
@@ -159,7 +159,7 @@ class PEER(Convertible):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., D] -> [..., D']``."""
-        flat = x.reshape(-1, self.features).to(compute_dtype(x))
+        flat = rows_of(x, self.features, self.up).to(compute_dtype(x))
         scores, numbers = self.search(flat)
         gates = scores.softmax(-1).flatten(1)
         tables = self.up, self.down, numbers.flatten(1)  # in their own dtype: a copy of them costs more than it saves

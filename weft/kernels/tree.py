@@ -79,8 +79,8 @@ def tree_feed_forward(
 
 def leaves_of(x: Tensor, nodes: Tensor, node_bias: Tensor) -> Tensor:
     """The leaf ``[N]`` int64 to which each row of ``x [N, D]`` descends, in plain torch."""
-    place = torch.zeros(len(x), dtype=torch.long, device=x.device)
-    for _ in range((len(nodes) + 1).bit_length() - 1):
+    place = torch.zeros(x.shape[0], dtype=torch.long, device=x.device)  # len(x) would be fixed in exported code
+    for _ in range((nodes.shape[0] + 1).bit_length() - 1):
         z = torch.linalg.vecdot(nodes[place], x) + node_bias[place]
         place = 2 * place + 1 + (z >= 0)
     return place - len(nodes)

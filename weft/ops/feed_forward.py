@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from weft.errors import Unsupported
+from weft.errors import Unsupported, UsageError
 from weft.ops.token_layers import POINTWISE, own_weights
 
-__all__ = ["two_layers"]
+__all__ = ["rows_of", "two_layers"]
 
 
 def two_layers(layer: nn.Module) -> tuple[nn.Linear, nn.Module, nn.Linear]:
@@ -24,3 +25,16 @@ def two_layers(layer: nn.Module) -> tuple[nn.Linear, nn.Module, nn.Linear]:
         raise Unsupported(f"{layer} has no hidden units to divide", "nn.Sequential(nn.Linear, nn.GELU(), nn.Linear)")
     own_weights(*parts)
     return parts[0], parts[1], parts[2]
+
+
+def rows_of(x: Tensor, features: int, weight: Tensor) -> Tensor:
+    """``[..., D]`` as ``[N, D]``.
+
+    Raises:
+        UsageError: for another number of features, or another dtype than the weight's without autocast.
+    """
+    if not x.ndim or x.shape[-1] != features:
+        raise UsageError(f"x {list(x.shape)}: give [..., {features}]")
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise UsageError(f"x is {x.dtype}, the weights are {weight.dtype}: convert one of them, by .to()")
+    return x.reshape(-1, features)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from weft.convert import Convertible
 from weft.errors import Unsupported, UsageError
@@ -17,6 +19,20 @@ from weft.kernels.sign_matrix import SignMatrix, frozen_product
 from weft.kernels.signs import pack_signs, sign_product, sign_sums
 
 __all__ = ["SignLayer", "SignLinear"]
+
+
+_steps = 0  # of all optimizers, since bits were packed for the first time
+
+
+@functools.cache
+def _count_steps() -> None:
+    """From now on: optimizers with ``fused=True`` do not count the changes that they make to a weight."""
+
+    def count(*_: object) -> None:
+        global _steps
+        _steps += 1
+
+    register_optimizer_step_post_hook(count)
 
 
 @dataclasses.dataclass
@@ -33,8 +49,8 @@ class SignLayer(Convertible, abc.ABC):
 
     In eval mode, where no gradient is asked for, the layer computes with packed bits. They are no part of its state,
     and made anew when the weights have changed (at each call, for weights that were made under inference_mode, which do
-    not count their changes). Changes in place that torch does not count (through ``weight.data`` or NumPy, or by an
-    optimizer with ``fused=True``) are seen after the next call of ``train`` or ``eval``, or pass with gradients. Code
+    not count their changes), or any optimizer has made a step. Changes in place that torch does not count (through
+    ``weight.data`` or NumPy) are seen after the next call of ``train`` or ``eval``, or pass with gradients. Code
     made by ``torch.compile`` or ``torch.export``, and transformations of `torch.func`, have the float weights in them,
     after `pack_` the bits.
 
@@ -172,7 +188,7 @@ class SignLayer(Convertible, abc.ABC):
         """What is another whenever the weight, or what `pack_` has left, or the bias are."""
         weight, bias = self._parameters["weight"], self._parameters["bias"]
         try:
-            found = self._left() if weight is None else (weight._version, weight.data_ptr())
+            found = self._left() if weight is None else (weight._version, weight.data_ptr(), _steps)
             return found if bias is None else (*found, bias._version, bias.data_ptr())
         except RuntimeError:  # tensors made under inference_mode do not count their changes
             return (object(),)
@@ -201,6 +217,7 @@ class SignLayer(Convertible, abc.ABC):
         return pack_signs(self.rows(weight)), self.scales(weight).float(), bias
 
     def _packed(self) -> _Bits:
+        _count_steps()
         state = self._state()  # before what may change while bits are made
         made_from = (self.packed, self.scale, self.bias) if self.weight is None else (self.weight, self.bias)
         return _Bits(self.matrix(*self._parts()), state, [p.detach() for p in made_from if p is not None])

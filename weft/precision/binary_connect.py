@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from weft.claim import Check, claim
-from weft.errors import UsageError
+from weft.errors import Unsupported, UsageError
 from weft.kernels.signs import signs
 from weft.method import method
 from weft.ops.packed_signs import SignLayer, SignLinear
@@ -108,6 +108,8 @@ class ConnectedSigns(SignLayer):
         if not (self.stochastic and self.training):
             return None
         assert self.weight is not None
+        if torch.compiler.is_exporting():
+            raise Unsupported("signs are drawn anew in each pass of training", "eval() before torch.export")
         key = (self.seed * 0x9E3779B97F4A7C15 + int(self.draws)) & (1 << 63) - 1
         self.draws += 1
         return drawn_signs(self.weight.detach(), torch.Generator().manual_seed(key))

@@ -41,7 +41,11 @@ def product(x: Tensor, values: Tensor, bias: Tensor | None, how: How, *index: Te
         how: of a filter.
         index: starts and columns of the rows, and, for a matrix, of its transpose, with the order of its values.
     """
-    kind = _Product if torch.compiler.is_compiling() else _Both  # which takes no function with a jvp
+    compiling = torch.compiler.is_compiling()
+    followed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, values, bias))
+    if compiling and not followed:
+        return _run(x, values, bias, how, index)  # the compiler takes no function of many tensors without a gradient
+    kind = _Product if compiling else _Both  # which takes no function with a jvp
     found: Tensor = kind.apply(x, values, bias, how, *index)
     return found
 

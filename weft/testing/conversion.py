@@ -6,10 +6,13 @@ Where the ordinary layer itself refuses an input or a dtype, the layer that stan
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+import io
+import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -135,6 +138,53 @@ def empty(card: Card) -> None:
         assert not t.any(), "a batch without rows gave a gradient"
 
 
+def _refuses(layer: nn.Module, x: tuple[Any, ...]) -> bool:
+    try:
+        layer(*x)
+    except (WeftError, RuntimeError, ValueError, AssertionError):
+        return True
+    return False
+
+
+def wrong_shapes(card: Card) -> None:
+    """What the ordinary layer refuses for its shape is refused, with rows and without."""
+    dense, layer, x = _made(card)
+    for dim in range(x[0].ndim):
+        other = torch.cat([x[0], x[0]], dim)
+        try:
+            dense(other, *x[1:])
+        except (RuntimeError, ValueError, AssertionError):
+            for wrong in (other, other[:0]) if dim else (other,):
+                assert _refuses(layer, (wrong, *x[1:])), f"{tuple(wrong.shape)} is taken: the ordinary one refuses it"
+
+
+def pickled(card: Card) -> None:
+    """What comes back from a file, by `torch.save`, gives the same output."""
+    _, layer, x = _made(card)
+    file = io.BytesIO()
+    torch.save(layer.eval(), file)
+    file.seek(0)
+    with torch.no_grad():
+        found = torch.load(file, weights_only=False)(*x)
+        assert same([_first(found)], [_first(layer(*x))]), "another output"
+
+
+def compiled(card: Card) -> None:
+    """`torch.compile` gives the same output and gradients, in training and without gradients, or refuses."""
+    for training in (True, False):
+        _, layer, x = _made(card)
+        layer.train(training)
+        torch.compiler.reset()
+        made = cast(nn.Module, torch.compile(copy.deepcopy(layer), backend="aot_eager"))
+        with contextlib.suppress(Unsupported), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is left to plain torch
+            if training:
+                assert same(_run(made, x), _run(layer, x), tolerance=1e-5), "another output, or other gradients"
+                continue
+            with torch.no_grad():
+                assert same([_first(made(*x))], [_first(layer(*x))], tolerance=1e-5), "another output in eval mode"
+
+
 def autocast(card: Card) -> None:
     """Under autocast the output has the dtype of the ordinary layer's."""
     dense, layer, x = _made(card)
@@ -191,3 +241,4 @@ def lean(card: Card) -> None:
 
 
 EVERY: tuple[Check, ...] = (dtypes, forward_mode, strided, empty, autocast, no_gradients, converts_and_back)
+EVERY += (wrong_shapes, pickled, compiled)
