@@ -1,5 +1,9 @@
 """Products by group and by row against plain loops, over random shapes with empty groups, 0 and 1 among them."""
 
+import ctypes
+import mmap
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -121,6 +125,125 @@ def test_large_gradients_and_two_threads(threads):
     agree(found[0], both_passes(*exact, made=plain), 1024)
 
 
+def at_the_end(t):
+    """A copy that ends where memory may not be read."""
+    if not t.numel():
+        return t
+    pages = -(-t.nbytes // mmap.PAGESIZE) + 1
+    held = mmap.mmap(-1, pages * mmap.PAGESIZE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(held))
+    protect = ctypes.CDLL(None, use_errno=True).mprotect
+    assert protect(ctypes.c_void_p(start + (pages - 1) * mmap.PAGESIZE), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    first = (pages - 1) * mmap.PAGESIZE - t.nbytes
+    return torch.frombuffer(held, dtype=t.dtype, count=t.numel(), offset=first).view(t.shape).copy_(t)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mprotect")
+@pytest.mark.parametrize(("counts", "d", "o"), [([7, 0, 65], 70, 33), ([1], 16, 64), ([12, 3], 3, 5), ([9], 130, 15)])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_nothing_is_read_past_the_end(counts, d, o, dtype):
+    n, g = sum(counts), len(counts)
+    taken = (torch.arange(n) * 3 % n).to(dtype)
+    x, bias, scale, error = leaf(n, d), leaf(g, o), leaf(n), leaf(n, o, seed=1)
+    weights, sizes = [leaf(o, d, seed=k) for k in range(g)], torch.tensor(counts)
+    near = [at_the_end(t.detach().float()) for t in (x, bias, scale, error, *weights)]
+    bounds = at_the_end(taken), at_the_end(sizes)
+    given = near[0], near[4:], bounds[1], near[1], bounds[0], near[2], near[3]
+    exact = x, weights, sizes, bias, taken.long(), scale, error.detach()
+    agree(both_passes(*given), both_passes(*exact, made=plain), max(n, d, o))
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_what_lies_otherwise_in_memory(wide):
+    sizes, taken = torch.tensor([5, 8]), torch.arange(26, dtype=torch.int32)[::2] % 6
+    x = leaf(20, 6, dtype=torch.float32).detach().t()
+    weights = [leaf(33, 20, dtype=torch.float32, seed=g).detach() for g in range(2)]
+    if wide:  # rows of other lengths
+        weights[1] = torch.cat([weights[1], weights[1]], 1)[:, :20]
+    bias, scale = leaf(33, 2, dtype=torch.float32).detach().t(), leaf(26, dtype=torch.float32).detach()[::2]
+    for error in (torch.ones(()).expand(13, 33), leaf(13, 50, dtype=torch.float32).detach()[:, 9:42]):
+        exact = x.double(), [w.double() for w in weights], sizes, bias.double(), taken.long(), scale.double()
+        wanted = both_passes(*exact, error.double(), made=plain)
+        agree(both_passes(x, weights, sizes, bias, taken, scale, error), wanted, 33)
+
+
+def test_gradients_of_some_of_the_weights():
+    for last in (0, 1):
+        weights = [leaf(4, 8, dtype=torch.float32, seed=g).detach().requires_grad_(g == last) for g in range(2)]
+        grouped_linear(leaf(5, 8, dtype=torch.float32).detach(), weights, torch.tensor([2, 3])).sum().backward()
+        assert weights[1 - last].grad is None and weights[last].grad.abs().max() > 0
+
+
+@pytest.mark.parametrize(("d", "o"), [(0, 3), (3, 0)])
+def test_nothing_to_multiply(d, o):
+    x, weights = torch.randn(4, d, requires_grad=True), [torch.randn(o, d, requires_grad=True)]
+    out = grouped_linear(x, weights, torch.tensor([4]), bias=torch.ones(1, o))
+    assert torch.equal(out, torch.ones(4, o))
+    out.sum().backward()
+    assert not x.grad.any() and not weights[0].grad.any()
+
+
+def test_a_large_gradient_whose_rows_do_not_begin_with_a_line():
+    x, weights = leaf(9, 1001, dtype=torch.float32), [leaf(1100, 1001, dtype=torch.float32, seed=g) for g in range(2)]
+    given = [x, weights, torch.tensor([4, 5]), None, None, None, leaf(9, 1100, dtype=torch.float32).detach()]
+    exact = [x.double(), [w.double() for w in weights], given[2], None, None, None, given[-1].double()]
+    agree(both_passes(*given), both_passes(*exact, made=plain), 1100)
+
+
+def test_the_loops_do_run():
+    from weft.kernels.cpu import grouped as loops
+    from weft.kernels.cpu.simd import has
+
+    runs = []
+    with loops.products.followed(lambda *args: runs.append(int(args[0]))):
+        out = grouped_linear(
+            torch.randn(5, 8, requires_grad=True), [torch.randn(4, 8).requires_grad_()], torch.tensor([5])
+        )
+        out.sum().backward()
+    assert runs == ([0, 1, 2] if has("avx512f") else [])
+
+
+@pytest.mark.parametrize("gather", [False, True])
+def test_second_derivatives(gather):
+    sizes, taken = torch.tensor([2, 0, 3]), torch.tensor([0, 3, 1, 1, 2]) if gather else None
+    given = leaf(5, 3), leaf(3, 2), leaf(5), *(leaf(2, 3, seed=g) for g in range(3))
+
+    def run(x, b, s, *w):
+        return grouped_linear(x, list(w), sizes, bias=b, scale=s, rows=taken)
+
+    assert torch.autograd.gradgradcheck(run, given)
+    x, w = given[0].detach(), [t.detach() for t in given[3:]]
+    mine, exact = (lambda q, f=f: f(q, w, sizes).pow(3).sum() for f in (grouped_linear, plain))
+    direction = torch.ones_like(x)
+    second = (torch.autograd.functional.hvp(f, x, direction)[1] for f in (mine, exact))
+    close([next(second)], [next(second)], 1e-9)
+    table, numbers = leaf(4, 3), torch.tensor([[0, 3], [3, 3]])
+    for function, first in ((row_products, leaf(2, 3)), (row_sums, leaf(2, 2))):
+        assert torch.autograd.gradgradcheck(lambda f, t, function=function: function(f, t, numbers), (first, table))
+
+
+def test_compiled_code_has_the_gradients_or_refuses():
+    weights, sizes = [leaf(4, 8, seed=g).detach() for g in range(2)], torch.tensor([2, 3])
+    x = leaf(5, 8)
+
+    def square(q):
+        return grouped_linear(q, weights, sizes).square().sum()
+
+    wanted = torch.autograd.grad(square(x), x)[0]
+    torch.compiler.reset()
+    assert torch.allclose(torch.autograd.grad(torch.compile(square, backend="aot_eager")(x), x)[0], wanted)
+    torch.compiler.reset()
+    with pytest.raises(RuntimeError):  # not zeros
+        torch.compile(lambda q: torch.func.grad(square)(q), backend="aot_eager")(x.detach())
+
+    class Module(torch.nn.Module):
+        def forward(self, q):
+            return square(q)
+
+    made = torch.export.export(Module(), (x.detach(),)).module()
+    assert torch.allclose(torch.autograd.grad(made(x), x)[0], wanted)
+
+
 def test_loops_run_where_the_default_device_or_dtype_is_another():
     x, weights, sizes = torch.randn(5, 8), [torch.randn(4, 8)], torch.tensor([5])
     wanted = grouped_linear(x, weights, sizes)
@@ -211,10 +334,37 @@ def test_groups_that_do_not_fit_are_refused():
         for taken in ([0, 1, 2, 4], [0, -1, 0, 0]):
             with pytest.raises(IndexError):
                 grouped_linear(x, weights, torch.tensor([2, 2]), rows=torch.tensor(taken))
+        for wrong in ([2**62, 2**62, 2**62, 2**62 + 4], [2**63 - 1, 2**63 - 1, 6, 0]):  # whose sums wrap
+            with pytest.raises(UsageError, match="rows together"):
+                grouped_linear(x, [*weights, *weights], torch.tensor(wrong))
+        for wrong in (torch.ones(2, 2).long(), torch.ones(4), torch.ones(4) > 0):
+            with pytest.raises(UsageError, match=r"rows .* give int64"):
+                grouped_linear(x, weights, torch.tensor([2, 2]), rows=wrong)
+        with pytest.raises(UsageError, match="which x has"):
+            grouped_linear(x, weights, torch.tensor([2, 2]), bias=torch.ones(2, 3).half())
+        with pytest.raises(UsageError, match="give all tensors there"):
+            grouped_linear(x, [w.to("meta") for w in weights], torch.tensor([2, 2]))
         with pytest.raises(UsageError, match="scale"):
             grouped_linear(x, weights, torch.tensor([2, 2]), bias=torch.ones(2, 3, dtype=dtype), scale=x[:3, 0])
         with pytest.raises(UsageError, match="rows together"):
             grouped_linear(x, weights, torch.tensor([6, -2]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_operator_refuses_what_does_not_fit(dtype):
+    x, w, sizes, op = torch.randn(4, 2).to(dtype), torch.randn(3, 2).to(dtype), torch.tensor([2, 2]), grouped._product
+    for args in (
+        (x, None, sizes.float(), None, None, [w, w]),
+        (x, None, sizes, None, None, [w, w[:2]]),
+        (x, None, sizes, x, None, [w, w]),
+        (x, None, sizes, None, x[:3, 0], [w, w]),
+        (x[:, :1], None, sizes, None, None, [w, w]),
+        (x, x[:, 0], sizes, None, None, [w, w]),
+    ):
+        with pytest.raises((RuntimeError, TypeError, UsageError)):
+            op(*args)
+    with pytest.raises((RuntimeError, UsageError)):
+        grouped._gradients(x, x, None, sizes, None, None, [w, w], True, True, True, True)
 
 
 @settings(max_examples=40, deadline=None)

@@ -162,3 +162,41 @@ def test_wrong_use_is_an_error_that_says_what_to_give(call, says):
     with pytest.raises(UsageError) as error:
         call()
     assert says in str(error.value)
+
+
+@pytest.mark.parametrize("inputs", bits.INPUTS)
+def test_what_a_call_past_the_dispatcher_leaves_to_it(inputs):
+    w, bias = numbers(17, 130), torch.randn(17)
+    matrix, x = SignMatrix(pack_signs(w), torch.rand(17), bias, 130, inputs), numbers(2, 130)
+    plain = matrix(x)
+    with torch.inference_mode():
+        for wrong in (numbers(2, 129), numbers(2, 131), numbers(130, 2)):
+            with pytest.raises(UsageError, match="give"):
+                matrix(wrong)
+        torch.testing.assert_close(matrix(x.double()), plain, rtol=1e-5, atol=1e-4)
+        assert torch.equal(matrix(torch._neg_view(-x)), plain)
+        assert torch.equal(torch.func.functionalize(matrix)(x), plain)
+        torch.set_default_dtype(torch.float64)
+        try:
+            found = matrix(x)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert torch.equal(found, plain) and found.dtype == torch.float32
+        with torch.device("meta"):
+            assert torch.equal(matrix(x), plain)
+
+
+def test_a_matrix_refuses_what_does_not_fit():
+    packed = pack_signs(numbers(17, 130))
+    for wrong in (
+        lambda: SignMatrix(packed[:-1], torch.rand(17), None, 130, "signs"),
+        lambda: SignMatrix(packed, torch.rand(17).double(), None, 130, "signs"),
+        lambda: SignMatrix(packed, torch.rand(17), torch.rand(16), 130, "signs"),
+        lambda: SignMatrix(packed, torch.rand(17, 1), None, 130, "signs"),
+    ):
+        with pytest.raises(UsageError):
+            wrong()
+    strided = SignMatrix(torch.stack([packed, packed], 1)[:, 0], torch.rand(34)[::2], torch.rand(34)[::2], 130, "signs")
+    x = numbers(2, 130)
+    with torch.inference_mode():
+        torch.testing.assert_close(strided(x), strided.dispatched(x))

@@ -322,3 +322,41 @@ def test_a_decision_of_zero_goes_right():
     wanted = torch.nn.functional.gelu(x @ parts[2][-1].T + parts[3][-1]) @ parts[4][-1] + parts[5][-1]
     for found in (tree_feed_forward(x, *parts), tree_feed_forward_reference(x, *parts, "gelu")):
         assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_decision_of_zero_goes_right_for_one_row_as_for_many():
+    x, parts = case(3, 4, 20, 5, 6)
+    parts = [None if p is None else p.clone() for p in parts]
+    parts[0][1], parts[1][1] = 0, 0  # of a node in the second level
+    parts[0][0], parts[1][0] = 0, -1  # which every row passes
+    many = tree_feed_forward(x, *parts, "relu")
+    wanted = tree_feed_forward_reference(x.double(), *(None if p is None else p.double() for p in parts), "relu")
+    assert torch.allclose(many.double(), wanted, atol=1e-5)
+    for r in range(len(x)):
+        assert torch.equal(tree_feed_forward(x[r : r + 1], *parts, "relu")[0], many[r])
+
+
+def test_threads_that_have_one_row_each():
+    before = torch.get_num_threads()
+    x, parts = case(1, 400, 512, 512, 3)
+    found = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(tree_feed_forward(x, *parts, "relu"))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_transforms_without_addresses_take_the_operator():
+    x, parts = case(2, 4, 10, 10, 4)
+    run, wanted = frozen_tree(parts, "relu"), tree_feed_forward(x, *parts, "relu")
+    for one in (x, torch._neg_view(-x)):
+        assert torch.equal(run(one), wanted)
+    assert torch.equal(torch.func.functionalize(run)(x), wanted)
+    names = ("nodes", "node_bias", "up", "up_bias", "down", "down_bias")
+    direct = direct_tree(dict(zip(names, parts, strict=True)), names, "relu")
+    with torch.inference_mode():
+        assert torch.equal(direct(x), wanted)
+        assert direct(torch._neg_view(-x)) is None and torch.func.functionalize(lambda x: direct(x) is None)(x)

@@ -9,8 +9,8 @@ from torch import nn
 
 import weft
 from weft.errors import Unsupported, UsageError
+from weft.ops.nuclear_norm import nuclear_gradient
 from weft.sparsity import SaRA
-from weft.sparsity.sara import nuclear_gradient
 
 
 def linear(seed=0):

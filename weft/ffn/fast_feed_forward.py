@@ -13,9 +13,8 @@ Paper: "Fast Feedforward Networks", Peter Belcak, Roger Wattenhofer, 2023, arXiv
 nodes and batch; the authors' code takes the mean, as here. The paper has h = 3 and a = 0, where all inputs may end in
 one leaf; the code's example has h = 0.1, with which what was trained is not what is computed (MNIST, d = 3, w = 16: 96%
 by the mixture, 92% by one leaf). So ``fast-feed-forward`` takes the one leaf in training, too, and nodes get the
-gradient that the mixture has there; ``soft-fast-feed-forward`` is the paper's training, by the mixture, for `convert_`
-``FastFeedForward.options(straight_through=False, hardening=3.0, balance=0.0)``. Training costs what a dense layer of
-2^d w units costs. A leaf sees 2^-d of the data: deep trees overfit where these are few.
+gradient that the mixture has there; ``soft-fast-feed-forward`` is the paper's training, by the mixture. Training costs
+what a dense layer of 2^d w units costs. A leaf sees 2^-d of the data: deep trees overfit where these are few.
 """
 
 from __future__ import annotations
@@ -134,8 +133,7 @@ class FastFeedForward(Convertible):
         if given := {"leaf_width", "activation", "device", "dtype"} & options.keys():
             raise UsageError(f"{', '.join(sorted(given))} of a tree that stands in for a layer: they are the layer's")
         (first, act, second), leaves = two_layers(layer), 1 << depth
-        width, rest = divmod(first.out_features, leaves)
-        if rest or not width:
+        if (width := first.out_features // leaves) * leaves != first.out_features or not width:
             raise UsageError(f"depth={depth}: {first.out_features} hidden units are not cut into {leaves} leaves")
         options |= {"depth": depth, "leaf_width": width, "activation": act}
         made = cls(first.in_features, second.out_features, **options).to(first.weight)

@@ -18,11 +18,11 @@ Paper: "MoE++: Accelerating Mixture-of-Experts Methods with Zero-Computation Exp
 Shuicheng Yan, 2024, arXiv:2410.07348.
 
 The paper's equation has softmax's own values for g; the authors' code divides them by their sum over the chosen
-experts without the zero expert, so that beside it another expert counts fully: so here (``renormalise=False`` for the
-equation). Their code also has a two-layer router and multiplies the experts' input by K; not here. The paper does not
-say whether T in C_i counts a token once or K times; here K times, else half of all slots would be dropped for K = 2.
+experts without the zero expert, so that another beside it counts fully: so here (``renormalise=False`` for the
+equation). Their code also has a two-layer router and multiplies the experts' input by K; not here. Whether T in C_i
+counts a token once or K times is left open; here K times, else half of all slots would be dropped for K = 2.
 On a CPU the feed-forward experts' products bound the time: it falls with the share of slots that go elsewhere, which
-training has to bring about (small tau); against a dense layer of as many operations many small experts lose.
+training has to bring about (small tau); many small experts lose against a dense layer of as many operations.
 """
 
 from __future__ import annotations
@@ -80,12 +80,8 @@ class MoEPlusPlus(Mixture):
         super().__init__(features, hidden, experts=experts, seed=seed, **given)
         constant = max(experts // 4 - zero - copy, 2) if constant is None else constant
         count = experts + constant + copy + zero
-        if (
-            min(zero, copy, constant) < 0
-            or not 1 <= active <= count
-            or tau <= 0
-            or (capacity is not None and capacity <= 0)
-        ):
+        wrong = min(zero, copy, constant) < 0 or not 1 <= active <= count
+        if wrong or tau <= 0 or (capacity is not None and capacity <= 0):
             raise UsageError(
                 f"zero={zero}, copy={copy}, constant={constant}, active={active} of {count}, tau={tau}, "
                 f"capacity={capacity}: give counts, 1 to {count} active experts, and tau and capacity above 0"
@@ -114,12 +110,12 @@ class MoEPlusPlus(Mixture):
 
     def forward(self, x: Tensor, previous: Tensor | None = None) -> Tensor:
         """``[..., D] -> [..., D']``; ``previous`` are the scores ``[T, N]`` of the layer before, for its pathway's."""
-        flat = rows_of(x, self.features, self.up[0])
-        if previous is None and self.pathway is not None:
-            previous = self.pathway.previous(self.place, flat.shape[0])
+        flat, pathway = rows_of(x, self.features, self.up[0]), self.pathway
+        if previous is None and pathway is not None:
+            previous = pathway.previous(self.place, flat.shape[0])
         scores = self.route(flat, previous)
-        if self.pathway is not None:
-            self.pathway.leave(self.place, scores)
+        if pathway is not None:
+            pathway.leave(self.place, scores)
         probabilities, gates, chosen = top_gates(scores, self.active)
         eta = torch.cat([scores.new_ones(len(self.up)), scores.new_full((scores.shape[1] - len(self.up),), self.tau)])
         loss = balance_loss(probabilities, chosen, eta)
@@ -144,9 +140,9 @@ class MoEPlusPlus(Mixture):
 
     def _capacity(self, eta: Tensor, slots: int) -> Tensor:
         """``[N]``: slots that each expert takes."""
-        computing = len(self.up)
-        unit = (self.capacity or 0) * slots / (self.tau * computing + len(eta) - computing)
-        most = [math.ceil(unit * self.tau)] * computing + [math.ceil(unit)] * (len(eta) - computing)
+        computing, others = len(self.up), len(eta) - len(self.up)
+        unit = (self.capacity or 0) * slots / (self.tau * computing + others)
+        most = [math.ceil(unit * self.tau)] * computing + [math.ceil(unit)] * others
         return torch.tensor(most, device=eta.device)
 
     def _cheap(self, x: Tensor, gates: Tensor) -> Tensor:

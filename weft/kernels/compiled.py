@@ -34,9 +34,9 @@ _log = logging.getLogger("weft")
 
 def operator(
     schema: str, reference: Callable[..., Any], *, fake: Callable[..., Any], cpu: Callable[..., Any],
-    cuda: Callable[..., Any],
+    cuda: Callable[..., Any], derivative: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
 ) -> Callable[..., Any]:  # fmt: skip
-    """The operator ``torch.ops.weft.NAME``, which `torch.compile` takes as one step. It has no derivative.
+    """The operator ``torch.ops.weft.NAME``, which `torch.compile` takes as one step.
 
     Registered piece by piece, as `torch.library.custom_op` imports the whole compiler at an operator's first call.
 
@@ -47,6 +47,8 @@ def operator(
         fake: makes results of the right shapes and dtypes.
         cpu: calls a `Kernel`.
         cuda: launches Triton; what it imports may be missing.
+        derivative: ``(setup_context, backward)``, as `torch.library.register_autograd` takes them; without them the
+            operator has none, and a function above it has.
     """
 
     def on_cuda(*args: Any) -> Any:
@@ -59,6 +61,8 @@ def operator(
     new = name not in _operators
     native = cpu if sys.byteorder == "little" else reference
     _operators[name] = {"default": reference, "cpu": native, "cuda": on_cuda, "fake": fake}
+    if derivative:
+        _operators[name] |= dict(zip(("keep", "back"), derivative, strict=True))
 
     def by(kind: str) -> Callable[..., Any]:
         return lambda *args, **given: _operators[name][kind](*args, **given)
@@ -68,6 +72,8 @@ def operator(
         for kind in ("default", "cpu", "cuda"):
             torch.library.impl(f"weft::{name}", kind, by(kind))
         torch.library.register_fake(f"weft::{name}", by("fake"))
+        if derivative:
+            torch.library.register_autograd(f"weft::{name}", by("back"), setup_context=by("keep"))
     found: Callable[..., Any] = getattr(torch.ops.weft, name).default
     return found
 

@@ -25,14 +25,14 @@ def direct_tree(
 
     Where a derivative, another dtype, a compiler or `weft.kernels.compiled.dispatched` is in play, or there is work for
     several threads, it returns None, and the operator has to do it; other dispatch modes do not see the call. It
-    remembers where the weights are and looks whether they still are.
+    remembers where the weights are and looks whether they still are; other strides at the same place it does not see.
 
     Args:
         parameters: a module's; looked at in each call.
         names: of nodes, node_bias, up, up_bias, down, down_bias among them.
         activation: a key of `ACTIVATIONS`.
     """
-    state: tuple[Any, ...] = ((), None, None, 0, 0, 0)  # replaced as a whole: several threads may call
+    state: tuple[Any, ...] = ((), None, None, 0, 0, 0, [])  # replaced as a whole: several threads may call
     values: Any = parameters.values()  # a missing bias is a TypeError
     address = Tensor.data_ptr
     compiling, derivatives, autocast = torch.compiler.is_compiling, torch.is_grad_enabled, torch.is_autocast_enabled
@@ -48,7 +48,9 @@ def direct_tree(
         from weft.kernels.cpu import tree as loops
 
         code, most = loops.descend.compile(), most_rows(up, down)
-        state = (addresses, code, plan_of(parts, activation), up.shape[2], down.shape[2], most)
+        # Their memory is held: no other weights, perhaps smaller ones, come to lie there meanwhile.
+        held = [p if p is None else p.detach() for p in parts]
+        state = (addresses, code, plan_of(parts, activation), up.shape[2], down.shape[2], most, held)
         return state
 
     def run(x: Tensor) -> Tensor | None:
@@ -59,6 +61,7 @@ def direct_tree(
             or x.dtype is not single
             or not x.is_cpu
             or not x.is_contiguous()
+            or x.is_neg()
             or autocast("cpu")
             or overridden(x)
             or compiled.counting
@@ -73,9 +76,11 @@ def direct_tree(
         found = state if addresses == state[0] else look(addresses)
         if found is None:
             return None
-        _, loop, plan, features, outputs, most = found
+        _, loop, plan, features, outputs, most, _ = found
         shape = x.shape
         if not shape or shape[-1] != features or (rows := x.numel() // features) > most:
+            return None
+        if not source:  # empty, or inside of torch.func.functionalize
             return None
         out = empty_like(x) if outputs == features else x.new_empty((*shape[:-1], outputs))
         if type(out) is not Tensor:  # a mode has put a stand-in there
@@ -126,7 +131,7 @@ def frozen_tree(parts: Sequence[Tensor | None], activation: str | None) -> Calla
             and x.dtype is single
             and x.is_cpu
             and x.is_contiguous()
-            and not (x.requires_grad or compiled.counting or compiling() or overridden(x) or tracing())
+            and not (compiling() or x.is_neg() or x.requires_grad or compiled.counting or overridden(x) or tracing())
             and (inference() or _still(x))
         ):
             shape = x.shape
@@ -138,10 +143,11 @@ def frozen_tree(parts: Sequence[Tensor | None], activation: str | None) -> Calla
                     to = None
                 if type(to) is Tensor:  # a mode may have put a stand-in there
                     try:
-                        loop(plan, address(x), address(to), 0, rows)
-                    except RuntimeError:  # inside torch.func's transforms there are no addresses
-                        pass
-                    else:
+                        source, target = address(x), address(to)
+                    except RuntimeError:  # inside torch.func's transforms there are none
+                        source = target = 0
+                    if source and target:  # functionalize has 0, as what is empty
+                        loop(plan, source, target, 0, rows)
                         if out is not None:
                             increment_version(out)  # autograd refuses what it has kept of it before
                         return to

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from weft.errors import UsageError
 from weft.kernels.compiled import operations_of, operator, share
@@ -23,6 +22,7 @@ from weft.kernels.grouped_reference import grouped_linear_backward_reference, gr
 
 __all__ = ["grouped_linear"]
 
+WHOLE = torch.int64, torch.int32
 FAR = 1 << 23  # bytes of gradients that the caches do not hold until they are read
 
 
@@ -32,14 +32,14 @@ def grouped_linear(
 ) -> Tensor:  # fmt: skip
     """``[N, O]``: rows of x, sorted by group, times each group's weight, plus its bias.
 
-    Rows are gathered anew in the backward pass, so that x alone is kept. Differentiable once, backwards or forwards.
+    Rows are gathered anew in the backward pass, so that x alone is kept.
 
     Args:
         x: ``[T, D]``.
         weights: G tensors ``[O, D]`` of x's dtype, of any strides.
         sizes: ``[G]`` int64, rows of each group.
         bias: ``[G, O]``.
-        rows: ``[N]``, which rows of x; None for all of them as they are.
+        rows: ``[N]`` int64 or int32, which rows of x; None for all of them as they are.
         scale: ``[N]``, multiplies the bias alone.
 
     Raises:
@@ -53,19 +53,19 @@ def grouped_linear(
         found = f"x {tuple(x.shape)} {x.dtype}, {len(weights)} weights like {tuple(first.shape)} {first.dtype}"
         raise UsageError(f"{found}, sizes {tuple(sizes.shape)}: give [T, D], [O, D] for each group, and int64 [G]")
     count = (x if rows is None else rows).shape[0]
+    if rows is not None and (rows.ndim != 1 or rows.dtype not in WHOLE):
+        raise UsageError(f"rows {tuple(rows.shape)} {rows.dtype}: give int64 [N]")
     if scale is not None and scale.shape != (count,):
         raise UsageError(f"scale {tuple(scale.shape)}: give one number for each of {count} rows")
-    given = x, rows, sizes, bias, scale
-    if torch.compiler.is_compiling() and not _needs_gradient(x, bias, scale, *weights):
-        plain: Tensor = _product(*given, list(weights))  # the compiler takes no function of many weights without one
+    if any(t is not None and t.dtype != x.dtype for t in (bias, scale)):
+        raise UsageError(f"bias and scale: give them as {x.dtype}, which x has")
+    if len({t.device for t in (x, sizes, rows, bias, scale, *weights) if t is not None}) > 1:
+        raise UsageError(f"x is on {x.device}: give all tensors there")
+    if torch.compiler.is_compiling():  # which takes no function of many tensors without a gradient, nor one with a jvp
+        plain: Tensor = _product(x, rows, sizes, bias, scale, list(weights))
         return plain
-    kind = _GroupedLinear if torch.compiler.is_compiling() else _WithTangents  # which takes no function with a jvp
-    out: Tensor = kind.apply(*given, *weights)
+    out: Tensor = _GroupedLinear.apply(x, rows, sizes, bias, scale, *weights)
     return out
-
-
-def _needs_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -77,39 +77,62 @@ class _GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, rows, sizes, bias, scale, *weights = inputs
-        ctx.save_for_backward(x, rows, sizes, bias, scale, *weights)
-        ctx.save_for_forward(x, rows, sizes, bias, scale, *weights)
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, rows, sizes, bias, scale, *weights = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        asked = needs[0], needs[3], needs[4], any(needs[5:])
-        found = _gradients(grad, x, rows, sizes, bias, scale, weights, *asked)
-        of_x, of_bias, of_scale = (given if by else None for given, by in zip(found[:3], asked[:3], strict=True))
-        return of_x, None, None, of_bias, of_scale, *(found[3] or [None] * len(weights))
-
-
-class _WithTangents(_GroupedLinear):
-    """And forward mode."""
+        found = _found(ctx, grad, (needs[0], needs[3], needs[4], any(needs[5:])))
+        none: list[Tensor | None] = [None] * len(needs[5:])
+        return found[0], None, None, found[1], found[2], *(found[3] or none)
 
     @staticmethod
     def jvp(ctx: Any, by_x: Tensor | None, *moved: Tensor | None) -> Tensor:
         x, rows, sizes, bias, scale, *weights = ctx.saved_tensors
         (_, _, by_bias, by_scale), by_weights = moved[:4], moved[4:]
-        parts = [] if by_x is None else [_product(by_x, rows, sizes, None, None, weights)]
+        parts = list[Tensor]() if by_x is None else [grouped_linear(by_x, weights, sizes, rows=rows)]
         if any(w is not None for w in by_weights):
             pairs = zip(by_weights, weights, strict=True)
             changed = [torch.zeros_like(w) if by is None else by for by, w in pairs]
-            parts.append(_product(x, rows, sizes, None, None, changed))
+            parts.append(grouped_linear(x, changed, sizes, rows=rows))
         if by_bias is not None:
             each = by_bias.repeat_interleave(sizes, 0)
             parts.append(each if scale is None else scale[:, None] * each)
-        if by_scale is not None:
+        if by_scale is not None and bias is not None:
             parts.append(by_scale[:, None] * bias.repeat_interleave(sizes, 0))
-        return torch.stack(parts).sum(0)
+        return torch.stack(parts).sum(0) if parts else x.new_zeros(len(x if rows is None else rows), len(weights[0]))
+
+
+def _found(
+    ctx: Any, grad: Tensor, asked: tuple[bool, bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor] | None]:
+    """Gradients of x, bias, scale and weights, as far as they are asked for."""
+    x, rows, sizes, bias, scale, *weights = ctx.saved_tensors
+    made = _again if torch.is_grad_enabled() else _gradients  # or nothing differentiates them again
+    of_x, of_bias, of_scale, of_weights = made(grad, x, rows, sizes, bias, scale, weights, *asked)
+    by_x, by_bias, by_scale, by_weights = asked
+    return (
+        of_x if by_x else None, of_bias if by_bias else None, of_scale if by_scale else None,
+        of_weights if by_weights else None,
+    )  # fmt: skip
+
+
+def _again(
+    grad: Tensor, x: Tensor, rows: Tensor | None, sizes: Tensor, bias: Tensor | None, scale: Tensor | None,
+    weights: list[Tensor], *_: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, list[Tensor]]:  # fmt: skip
+    """`_gradients` by what can be differentiated again."""
+    taken, counts = x if rows is None else x.index_select(0, rows), sizes.tolist()
+    group = torch.arange(len(weights), device=x.device).repeat_interleave(sizes)
+    of_x = grouped_linear(grad, [w.t() for w in weights], sizes)
+    if rows is not None:
+        of_x = x.new_zeros(x.shape).index_add(0, rows, of_x)
+    each = grad if scale is None else scale[:, None] * grad
+    of_bias = None if bias is None else bias.new_zeros(bias.shape).index_add(0, group, each)
+    of_scale = grad.new_zeros(len(grad)) if bias is None else (grad * bias[group]).sum(1)
+    pairs = zip(grad.split(counts), taken.split(counts), strict=True)
+    return of_x, of_bias, of_scale, [g.t() @ t for g, t in pairs]
 
 
 def _native(
@@ -121,7 +144,8 @@ def _native(
     (o, d), stride = weights[0].shape, weights[0].stride()
     alike = all(w.stride() == stride and w.shape == (o, d) for w in weights) and stride[1] == 1 and d * o > 0
     floats = (t is None or t.dtype == torch.float32 for t in (x, bias, scale, *weights))
-    shapes = x.ndim == 2 and x.shape[1] == d and sizes.shape == (len(weights),)
+    shapes = x.ndim == 2 and x.shape[1] == d and sizes.shape == (len(weights),) and sizes.dtype == torch.int64
+    shapes = shapes and (rows is None or (rows.ndim == 1 and rows.dtype in WHOLE))
     shapes = shapes and (bias is None or bias.shape == (len(weights), o))
     return alike and shapes and all(floats) and has("avx512f")
 
@@ -132,7 +156,7 @@ def _starts(
     """Where groups begin and end ``[G + 1]``, rows and scale as the loops read them, and how many rows there are."""
     starts = torch.cat([sizes.new_zeros(1, dtype=torch.int64), sizes.cumsum(0)])
     count, found = len(x) if rows is None else len(rows), int(starts[-1])
-    if found != count or int(sizes.min()) < 0:
+    if found != count or int(sizes.min()) < 0 or int(sizes.max()) > count:  # a sum of large ones may wrap
         raise UsageError(f"groups of {found} rows together, but {count} rows")
     if scale is not None and scale.shape != (count,):
         raise UsageError(f"scale {tuple(scale.shape)} for {count} rows: give one number for each")
@@ -252,12 +276,24 @@ def _gradients_fake(
     )
 
 
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *given, weights = inputs
+    ctx.save_for_backward(*given, *weights)
+
+
+def _registered(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    needs = ctx.needs_input_grad
+    of_x, of_bias, of_scale, of_weights = _found(ctx, grad, (needs[0], needs[3], needs[4], any(needs[5])))
+    return of_x, None, None, of_bias, of_scale, of_weights or [None] * len(needs[5])
+
+
 _product = operator(
     "grouped_linear(Tensor x, Tensor? rows, Tensor sizes, Tensor? bias, Tensor? scale, Tensor[] weights) -> Tensor",
     grouped_linear_reference,
     fake=_product_fake,
     cpu=_product_cpu,
     cuda=grouped_linear_reference,
+    derivative=(_keep, _registered),
 )
 _gradients = operator(
     "grouped_linear_backward(Tensor grad, Tensor x, Tensor? rows, Tensor sizes, Tensor? bias, Tensor? scale, "

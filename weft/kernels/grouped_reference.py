@@ -13,6 +13,8 @@ def grouped_linear_reference(
     x: Tensor, rows: Tensor | None, sizes: Tensor, bias: Tensor | None, scale: Tensor | None, weights: list[Tensor]
 ) -> Tensor:
     """The operator: one matrix product for each group, into its part of the result."""
+    if any(w.shape != weights[0].shape for w in weights):
+        raise UsageError(f"weights {[tuple(w.shape) for w in weights]}: give one shape for all groups")
     x, counts = x if rows is None else x.index_select(0, rows), sizes.tolist()
     if sum(counts) != len(x) or min(counts) < 0:
         raise UsageError(f"groups of {sum(counts)} rows together, but {len(x)} rows")
@@ -40,7 +42,7 @@ def grouped_linear_backward_reference(
     taken, counts = x if rows is None else x.index_select(0, rows), sizes.tolist()
     of_x = torch.empty_like(taken, memory_format=torch.contiguous_format) if by_x else taken.new_empty(len(taken), 0)
     of_bias = grad.new_zeros(len(weights), grad.shape[1]) if by_bias else grad.new_empty(0)
-    of_scale = grad.new_empty(len(grad) if by_scale else 0)
+    of_scale = grad.new_zeros(len(grad) if by_scale else 0)
     of_weights: list[Tensor] = []
     parts = zip(taken.split(counts), of_x.split(counts), grad.split(counts), weights, strict=True)
     start = 0
@@ -59,5 +61,5 @@ def grouped_linear_backward_reference(
         if by_scale and bias is not None:
             torch.mv(of_out, bias[g], out=of_scale[rest])
     if by_x and rows is not None:
-        of_x = torch.zeros_like(x).index_add_(0, rows, of_x)
+        of_x = x.new_zeros(x.shape).index_add_(0, rows, of_x)
     return of_x if by_x else x.new_empty(0), of_bias, of_scale, of_weights

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from weft.kernels.compiled import operations_of, operator, share
 from weft.kernels.pages import prefer_huge
@@ -22,7 +21,7 @@ BLOCK = 1 << 18  # elements of rows at once: they stay in the second-level cache
 
 
 def row_products(x: Tensor, table: Tensor, numbers: Tensor, *, sparse: bool = False) -> Tensor:
-    """``x[t] . table[numbers[t, j]]``, ``[T, J]``. Differentiable once, backwards or forwards.
+    """``x[t] . table[numbers[t, j]]``, ``[T, J]``.
 
     Args:
         x: ``[T, D]``, of the table's dtype.
@@ -55,13 +54,15 @@ class _Rows(torch.autograd.Function):
         ctx.save_for_forward(first, table, numbers)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         first, table, numbers = ctx.saved_tensors
-        other = _sums if ctx.products else _products
+        again, of_first, of_table = torch.is_grad_enabled(), None, None  # they may be differentiated again
+        if ctx.needs_input_grad[0]:
+            made = (row_sums if ctx.products else row_products) if again else (_sums if ctx.products else _products)
+            of_first = made(grad, table, numbers)
         weights, x = (grad, first) if ctx.products else (first, grad)
-        of_first = other(grad, table, numbers) if ctx.needs_input_grad[0] else None
-        of_table = _table_gradient(weights, x, table, numbers, ctx.sparse) if ctx.needs_input_grad[1] else None
+        if ctx.needs_input_grad[1]:
+            of_table = _table_gradient(weights, x, table, numbers, ctx.sparse, again)
         return of_first, of_table, None, None, None
 
 
@@ -70,7 +71,7 @@ class _WithTangents(_Rows):
 
     @staticmethod
     def jvp(ctx: Any, by_first: Tensor | None, by_table: Tensor | None, *_: None) -> Tensor:
-        (first, table, numbers), made = ctx.saved_tensors, _products if ctx.products else _sums
+        (first, table, numbers), made = ctx.saved_tensors, row_products if ctx.products else row_sums
         parts = [] if by_first is None else [made(by_first, table, numbers)]
         parts += [] if by_table is None else [made(first, by_table, numbers)]
         return torch.stack(parts).sum(0)
@@ -80,11 +81,13 @@ def _kind() -> type[_Rows]:
     return _Rows if torch.compiler.is_compiling() else _WithTangents  # the compiler takes no function with a jvp
 
 
-def _table_gradient(weights: Tensor, x: Tensor, table: Tensor, numbers: Tensor, sparse: bool) -> Tensor:
+def _table_gradient(weights: Tensor, x: Tensor, table: Tensor, numbers: Tensor, sparse: bool, again: bool) -> Tensor:
     """``sum_tj weights[t, j] x[t]`` into row ``numbers[t, j]`` of a tensor like the table."""
+    if not sparse and again:
+        return table.new_zeros(table.shape).index_add(0, numbers.reshape(-1), weighted_reference(weights, x))
     if not sparse:
         return _add_rows(weights, x, numbers, table.shape[0])
-    values = _weighted(weights, x)
+    values = weighted_reference(weights, x) if again else _weighted(weights, x)
     return torch.sparse_coo_tensor(numbers.reshape(1, -1), values, table.shape, check_invariants=False)
 
 

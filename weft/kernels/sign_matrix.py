@@ -64,7 +64,7 @@ class SignMatrix:
 
         def at_once(x: Tensor) -> Tensor | None:
             plain = inference() and type(x) is Tensor and x.dtype is single and x.is_cpu and x.is_contiguous()
-            if not plain or x.ndim != 2 or compiled.counting or tracing():
+            if not plain or x.ndim != 2 or x.is_neg() or compiled.counting or tracing():
                 return None
             rows, columns = x.shape
             if columns != features or rows > most:
@@ -72,6 +72,8 @@ class SignMatrix:
             try:
                 at = address(x)
             except RuntimeError:  # what is inside of torch.func.vmap has none
+                return None
+            if not at:  # empty, or inside of torch.func.functionalize
                 return None
             # new_empty takes twice as long, but knows what x is: modes may make another tensor of these
             out = empty_like(x) if outputs == columns else empty(rows, outputs)

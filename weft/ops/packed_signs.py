@@ -186,9 +186,12 @@ class SignLayer(Convertible, abc.ABC):
 
     def _state(self) -> tuple[Any, ...]:
         """What is another whenever the weight, or what `pack_` has left, or the bias are."""
-        weight, bias = self._parameters["weight"], self._parameters["bias"]
         try:
-            found = self._left() if weight is None else (weight._version, weight.data_ptr(), _steps)
+            weight, bias = self._parameters["weight"], self._parameters["bias"]
+        except KeyError:  # computed anew in each pass, by torch.nn.utils.parametrize, say
+            return (object(),)
+        try:
+            found = self._left() if weight is None else (weight._version, weight.data_ptr(), weight.stride(), _steps)
             return found if bias is None else (*found, bias._version, bias.data_ptr())
         except RuntimeError:  # tensors made under inference_mode do not count their changes
             return (object(),)

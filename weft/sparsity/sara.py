@@ -31,6 +31,7 @@ from weft.convert import Convertible
 from weft.errors import Unsupported, UsageError
 from weft.method import method
 from weft.ops.auxiliary import add_loss
+from weft.ops.nuclear_norm import NuclearNorm
 from weft.ops.token_layers import own_weights
 from weft.session import kept
 from weft.testing.example import Example
@@ -57,34 +58,6 @@ class _Merged(torch.autograd.Function):
     def jvp(ctx: Any, by_compact: Tensor, *_: None) -> Tensor:
         index, size = ctx.saved_tensors[0], math.prod(ctx.shape)
         return by_compact.new_zeros(size).index_put((index,), by_compact).view(ctx.shape)
-
-
-class _NuclearNorm(torch.autograd.Function):
-    """lambda ||P||_*; its value is not computed, its gradient only on the way back."""
-
-    @staticmethod
-    def forward(compact: Tensor, index: Tensor, shape: torch.Size, weight: float) -> Tensor:
-        return compact.new_zeros(())
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *saved, ctx.shape, ctx.weight = inputs
-        ctx.save_for_backward(*saved)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        compact, index = ctx.saved_tensors
-        return grad * ctx.weight * nuclear_gradient(compact, index, ctx.shape), None, None, None
-
-
-def nuclear_gradient(compact: Tensor, index: Tensor, shape: torch.Size) -> Tensor:
-    """U V^T at ``index``, for the matrix ``[shape[0], -1]`` that holds ``compact`` there and zeros elsewhere."""
-    kind = torch.promote_types(compact.dtype, torch.float32)
-    matrix = torch.zeros(shape, dtype=kind, device=compact.device).put_(index, compact.to(kind)).flatten(1)
-    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
-    rank = s > s[:1] * torch.finfo(kind).eps * max(matrix.shape)  # beyond it, vectors are arbitrary
-    return ((u * rank) @ v).take(index).to(compact.dtype)
 
 
 @method("sara", contract="layer", family="sparsity", papers=[166], tags={"same-forward"})
@@ -182,7 +155,7 @@ class SaRA(Convertible):
             self.merge()
             weight = _Merged.apply(self.compact, self.weight, self.index)
         if self.nuclear and len(self.compact):
-            weight = add_loss(weight, _NuclearNorm.apply(self.compact, self.index, self.weight.shape, self.nuclear))
+            weight = add_loss(weight, NuclearNorm.apply(self.compact, self.index, self.weight.shape, self.nuclear))
         if type(self._layer) is nn.Linear:
             return F.linear(x, weight, self.bias)
         given = {"weight": weight} if self.bias is None else {"weight": weight, "bias": self.bias}
@@ -270,10 +243,10 @@ def masked_adam(seed: int) -> list[Check]:
     "The penalty's gradient is that of lambda times the nuclear norm of the trained weights' matrix, and re-selection "
     "trains on exactly those that are still at most theta, with every weight as it was",
     mutants={
-        "all weights' norm": ("torch.zeros(shape, dtype=kind", "torch.ones(shape, dtype=kind"),
-        "no lambda": ("grad * ctx.weight * nuclear", "grad * nuclear"),
-        "one factor": ("((u * rank) @ v).take", "u.flatten()[:1].expand(shape.numel()).take"),
-        "a squared norm": ("((u * rank) @ v)", "((u * s) @ v)"),
+        "all weights' norm": ("torch.zeros(shape, dtype=kind", "torch.ones(shape, dtype=kind", "weft.ops.nuclear_norm"),
+        "no lambda": ("grad * ctx.weight * nuclear", "grad * nuclear", "weft.ops.nuclear_norm"),
+        "one factor": ("((u * rank) @ v).take", "u.flatten()[:1].expand(shape.numel()).take", "weft.ops.nuclear_norm"),
+        "a squared norm": ("((u * rank) @ v)", "((u * s) @ v)", "weft.ops.nuclear_norm"),
         "those that grew": ("self.compact.abs() <= self.threshold", "self.compact.abs() > self.threshold"),
         "all of them": ("self.compact.abs() <= self.threshold", "self.compact.abs() >= 0"),
         "what grew is undone": ("        self.merge()\n        small", "        small"),

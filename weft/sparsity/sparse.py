@@ -41,12 +41,9 @@ def product(x: Tensor, values: Tensor, bias: Tensor | None, how: How, *index: Te
         how: of a filter.
         index: starts and columns of the rows, and, for a matrix, of its transpose, with the order of its values.
     """
-    compiling = torch.compiler.is_compiling()
-    followed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, values, bias))
-    if compiling and not followed:
-        return _run(x, values, bias, how, index)  # the compiler takes no function of many tensors without a gradient
-    kind = _Product if compiling else _Both  # which takes no function with a jvp
-    found: Tensor = kind.apply(x, values, bias, how, *index)
+    kind = _Product if torch.compiler.is_compiling() else _Both  # which takes no function with a jvp
+    # Nor one of any number of tensors, where no gradient is asked for.
+    found: Tensor = kind.apply(x, values, bias, how, *index, *[None] * (5 - len(index)))
     return found
 
 
@@ -61,12 +58,16 @@ def _run(x: Tensor, values: Tensor, bias: Tensor | None, how: How, index: tuple[
 
 class _Product(Function):
     @staticmethod
-    def forward(x: Tensor, values: Tensor, bias: Tensor | None, how: How, *index: Tensor) -> Tensor:
-        return _run(x, values, bias, how, index)
+    def forward(
+        x: Tensor, values: Tensor, bias: Tensor | None, how: How, starts: Tensor, columns: Tensor,
+        other_starts: Tensor | None, other_rows: Tensor | None, order: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        return _run(x, values, bias, how, (starts, columns))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, values, _, ctx.how, *index = inputs
+        x, values, _, ctx.how, *given = inputs
+        index = given if ctx.how is None else given[:2]
         ctx.shape = x.shape
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, values, *index)
         ctx.save_for_forward(x, values, *index)
@@ -78,7 +79,7 @@ class _Product(Function):
         flags = tuple(ctx.needs_input_grad[:3])
         run = _Backward.apply if torch.is_grad_enabled() else _Backward.forward  # or nothing differentiates it again
         found = run(grad, x, values, ctx.how, flags, *index)
-        return *(t if wanted else None for t, wanted in zip(found, flags, strict=True)), None, *[None] * len(index)
+        return *(t if wanted else None for t, wanted in zip(found, flags, strict=True)), *[None] * 6
 
 
 class _Both(_Product):
