@@ -39,7 +39,12 @@ def lines(series: Mapping[str, Points], title: str, x: str, y: str, *, even: flo
     axis = {"gridcolor": GRID, "zeroline": False, "linecolor": INK, "type": "log"}
     figure.update_layout(
         title={"text": escape(title), "font": {"size": 14}},
-        xaxis={**axis, "title": x, "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]},
+        xaxis={
+            **axis,
+            "title": x,
+            "tickvals": ticks,
+            "ticktext": [f"{tick:,.10g}" for tick in ticks],
+        },
         yaxis={**axis, "title": y, "dtick": "D2"},
         legend={"orientation": "h", "y": -0.28},
         paper_bgcolor="rgba(0,0,0,0)",

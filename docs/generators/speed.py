@@ -118,7 +118,7 @@ def softmax(rows: list[Row]) -> str:
     made = [[row["case"], row["way"], *_ratios(row, "ratio"), f"{row['milliseconds']:.3g} ms"] for row in rows]
     single = [row for row in rows if row["case"].startswith("1 x ")]
     ways = ("two-pass", "online", "fastest", "fastest, and back")
-    series = {w: [(float(r["case"][4:]), r["ratio"]) for r in single if r["way"] == w] for w in ways}
+    series = {w: sorted((float(r["case"][4:]), r["ratio"]) for r in single if r["way"] == w) for w in ways}
     chart = lines(series, "One row, against torch.softmax", "elements", "times faster")
     return "\n".join([said, "", LOAD, chart, table(header, made, header[2:])])
 
