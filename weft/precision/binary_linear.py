@@ -236,8 +236,8 @@ def straight_through_gradients(seed: int) -> Check:
     "through a state.",
     budget=2.0,
     mutants={
-        "steps unseen": ("(weight._version, weight.data_ptr())", "(weight.data_ptr(),)", "weft.ops.packed_signs"),
-        "new data unseen": ("(weight._version, weight.data_ptr())", "(weight._version,)", "weft.ops.packed_signs"),
+        "steps unseen": ("(weight._version, weight.data_ptr(),", "(weight.data_ptr(),", "weft.ops.packed_signs"),
+        "new data unseen": ("weight.data_ptr(), weight.stride()", "weight.stride()", "weft.ops.packed_signs"),
         "another bias unseen": ("bias._version, bias.data_ptr())", ")", "weft.ops.packed_signs"),
         "kept through modes": (
             "self._bits = None\n        return super().train",
