@@ -139,7 +139,7 @@ def at_the_end(t):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mprotect")
-@pytest.mark.parametrize(("counts", "d", "o"), [([7, 0, 65], 70, 33), ([1], 16, 64), ([12, 3], 3, 5), ([9], 130, 15)])
+@pytest.mark.parametrize(("counts", "d", "o"), [([7, 0, 65], 70, 33), ([1], 16, 64), ([12, 3], 31, 47), ([9], 130, 15)])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_nothing_is_read_past_the_end(counts, d, o, dtype):
     n, g = sum(counts), len(counts)
@@ -161,6 +161,8 @@ def test_what_lies_otherwise_in_memory(wide):
     if wide:  # rows of other lengths
         weights[1] = torch.cat([weights[1], weights[1]], 1)[:, :20]
     bias, scale = leaf(33, 2, dtype=torch.float32).detach().t(), leaf(26, dtype=torch.float32).detach()[::2]
+    apart = torch.stack([taken.long(), 5 - taken.long()], 1)[:, 0]
+    assert torch.equal(*(grouped_linear(x, weights, sizes, rows=t) for t in (taken, apart)))
     for error in (torch.ones(()).expand(13, 33), leaf(13, 50, dtype=torch.float32).detach()[:, 9:42]):
         exact = x.double(), [w.double() for w in weights], sizes, bias.double(), taken.long(), scale.double()
         wanted = both_passes(*exact, error.double(), made=plain)
@@ -416,6 +418,20 @@ def test_many_rows_and_two_threads(threads):
     for mine, reference, given_ in zip(found[0], references, args, strict=True):
         wide = [t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in given_]
         assert torch.allclose(mine.double(), reference(*wide), rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mprotect")
+@pytest.mark.parametrize("d", [5, 31, 64, 100])
+@pytest.mark.parametrize("j", [1, 3, 4, 6])
+def test_no_row_is_read_past_the_end(d, j):
+    table, x, weights = (at_the_end(torch.randn(n, k)) for n, k in ((6, d), (3, d), (3, j)))
+    numbers = at_the_end(torch.arange(3 * j).view(3, j) % 6)
+    found = row_products(x, table, numbers), row_sums(weights, table, numbers), rows._add_rows(weights, x, numbers, 6)
+    wanted = rows.row_products_reference, rows.row_sums_reference, rows.add_rows_reference
+    given_ = (x, table, numbers), (weights, table, numbers), (weights, x, numbers, 6)
+    for mine, reference, args in zip(found, wanted, given_, strict=True):
+        torch.testing.assert_close(mine, reference(*args), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(rows._weighted(weights, x), rows.weighted_reference(weights, x))
 
 
 def test_numbers_of_rows_that_a_table_does_not_have():

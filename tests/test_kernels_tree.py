@@ -338,7 +338,7 @@ def test_a_decision_of_zero_goes_right_for_one_row_as_for_many():
 
 def test_threads_that_have_one_row_each():
     before = torch.get_num_threads()
-    x, parts = case(1, 400, 512, 512, 3)
+    x, parts = case(1, 1200, 512, 512, 3)
     found = []
     try:
         for count in (1, 2, 3):
