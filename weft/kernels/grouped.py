@@ -32,7 +32,8 @@ def grouped_linear(
 ) -> Tensor:  # fmt: skip
     """``[N, O]``: rows of x, sorted by group, times each group's weight, plus its bias.
 
-    Rows are gathered anew in the backward pass, so that x alone is kept.
+    Rows are gathered anew in the backward pass, so that x alone is kept. Compiled code has no forward mode, and refuses
+    `torch.func.grad`.
 
     Args:
         x: ``[T, D]``.

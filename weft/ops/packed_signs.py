@@ -232,6 +232,8 @@ class SignLayer(Convertible, abc.ABC):
 class SignLinear(SignLayer):
     """A `SignLayer` for ``nn.Linear``, fastest under `torch.inference_mode`; abstract still.
 
+    There a call goes past torch's dispatcher: dispatch modes, but those of Weft's own counting, do not see it.
+
     Attributes:
         inputs: what the bits are multiplied with, as `weft.kernels.sign_matrix.SignMatrix` takes it.
 
