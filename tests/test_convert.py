@@ -115,11 +115,11 @@ def test_errors_say_what_to_do():
 
 
 def test_text():
-    assert parse(" a:b=1,c=/tmp/x,d=null,e=0.5 ") == ("a", {"b": 1, "c": "/tmp/x", "d": None, "e": 0.5})
+    assert parse(" a:b=1,c=some/folder,d=null,e=0.5 ") == ("a", {"b": 1, "c": "some/folder", "d": None, "e": 0.5})
     tape = read_tape("quantise:bits=2 | offload:queue_bytes=100000")
     assert str(tape) == "Quantise(bits=2) | Offload" and tape.right.queue_bytes == 100000
     assert read_tape("quantise-stochastic").rounding == "stochastic"
-    assert parse("a:b=1e-1,c=None,d=none,e=nano")[1] == {"b": 0.1, "c": None, "d": None, "e": "nano"}
+    assert parse("a:b=1e-1,c=None,d=none,e=nano")[1] == {"b": 0.1, "c": None, "d": "none", "e": "nano"}
     assert read_conversion("moe-plus-plus:capacity=none,balance=1,zero=0")["options"]["capacity"] is None
     given = read_conversion("stationary-feedback:where=a.*")
     assert given == {"layer": "stationary-feedback", "options": {}, "where": "a.*"} == read_conversion(given)

@@ -45,7 +45,7 @@ def _value(text: str) -> Any:
     found = yaml.safe_load(text)
     if not isinstance(found, str):
         return found
-    if found.lower() == "none":
+    if found == "None":
         return None
     try:
         return float(found)
@@ -143,6 +143,7 @@ def _find(text: str, contract: str) -> tuple[Card, dict[str, Any]]:
 
 def _known(found: Card, options: Mapping[str, Any]) -> Mapping[str, Any]:
     wanted = {option.name: option.annotation for option in found.options}
+    options = {k: None if v == "none" and "None" in wanted.get(k, "") else v for k, v in options.items()}
     for given, value in options.items():
         if given not in wanted:
             raise UsageError(unknown("option", str(given), list(wanted), f"of {found.name!r}"))
