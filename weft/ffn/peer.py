@@ -266,7 +266,17 @@ def every_expert(seed: int) -> list[Check]:
     given = x, layer.up, layer.down, numbers, torch.ones(11, 24).double(), torch.tanh
     full = retrieved(*given, bias=layer.bias) + dense[2].bias
     others = full - dense(x), layer.to_dense()(x) - dense(x)
+    floats = [torch.randn(shape) for shape in ((7, 83), (24, 83), (24, 83), (7, 6))]
+    numbers, error = torch.randint(24, (7, 6)), torch.randn(7, 83)
+    single, exact = ([t.to(kind).requires_grad_() for t in floats] for kind in (torch.float32, torch.float64))
+    mine = retrieved(*single[:3], numbers, single[3], torch.tanh)
+    units = exact[3] * torch.tanh((exact[0][:, None] * exact[1][numbers]).sum(2))
+    right = (units[:, :, None] * exact[2][numbers]).sum(1)
+    pairs = zip((mine, right), (single, exact), strict=True)
+    a, b = ([o, *torch.autograd.grad(o, by, error.to(o.dtype))] for o, by in pairs)
+    rounded = max(float((p - q).detach().abs().max() / q.detach().abs().max()) for p, q in zip(a, b, strict=True))
     return [
         Check(worst, 1e-9, what="output and gradients"),
+        Check(rounded, 1e-4, what="the same in float32, given the experts"),
         Check(max(float(o.detach().abs().max()) for o in others), 1e-12, what="all experts, and put back"),
     ]
