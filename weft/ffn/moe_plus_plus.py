@@ -270,11 +270,8 @@ def every_expert(seed: int) -> list[Check]:
     worst = max(float((a - b).abs().max() / (1 + b.abs().max())) for a, b in zip(found, wanted, strict=True))
     said = [layer.balance_loss.detach() if layer.balance else 0 for layer in layers]  # type: ignore[union-attr]
     told = max(abs(float(a) - float(b.detach())) for a, b in zip(said, losses, strict=True))
-    return [
-        Check(float((out - h).detach().abs().max()), 1e-9, what="output"),
-        Check(worst, 1e-9, what="gradients"),
-        Check(told, 1e-9, what="balance_loss"),
-    ]
+    errors_by = {"output": float((out - h).detach().abs().max()), "gradients": worst, "balance_loss": told}
+    return [Check(value, 1e-9, what=what) for what, value in errors_by.items()]
 
 
 @claim(
@@ -288,10 +285,16 @@ def every_expert(seed: int) -> list[Check]:
 def cut_and_put_back(seed: int) -> list[Check]:
     """With top-E of E alike experts' scores, gates are 1 / E; and `to_dense`."""
     torch.manual_seed(seed)
-    experts = 2 + seed % 3
-    dense = nn.Sequential(nn.Linear(5, 4 * experts), nn.GELU(), nn.Linear(4 * experts, 3)).double()
-    layer = MoEPlusPlus.from_dense(dense, experts=experts, active=experts, zero=0, copy=0, constant=0, capacity=None)
-    nn.init.zeros_(layer.router)
-    x = torch.randn(9, 5, dtype=torch.float64)
-    differences = dense(x) - experts * layer(x), dense(x) - layer.to_dense()(x)
-    return [Check(max(float(d.detach().abs().max()) for d in differences), 1e-12)]
+    experts, checks = 2 + seed % 3, list[Check]()
+    for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 1e-4)):
+        dense: Any = nn.Sequential(nn.Linear(37, 20 * experts), nn.GELU(), nn.Linear(20 * experts, 35)).to(dtype)
+        layer = MoEPlusPlus.from_dense(dense, experts=experts, active=experts, zero=0, copy=0, constant=0).eval()
+        nn.init.zeros_(layer.router)
+        x, error = torch.randn(9, 37, dtype=dtype, requires_grad=True), torch.randn(9, 35, dtype=dtype)
+        out, wanted = experts * layer(x), dense(x)
+        mine = torch.autograd.grad(out, [x, layer.up_bias, layer.down_bias, *layer.up], error)
+        right = torch.autograd.grad(wanted, [x, dense[0].bias, dense[2].bias, dense[0].weight], error)
+        found = out, layer.to_dense()(x), mine[0], mine[1].flatten(), mine[2].sum(0) / experts, torch.cat(mine[3:])
+        pairs = zip(found, (wanted, wanted, *right), strict=True)
+        checks.append(Check(max(float((p - q).detach().abs().max()) for p, q in pairs), bound, what=str(dtype)))
+    return checks

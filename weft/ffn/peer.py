@@ -269,7 +269,7 @@ def every_expert(seed: int) -> list[Check]:
     floats = [torch.randn(shape) for shape in ((7, 83), (24, 83), (24, 83), (7, 6))]
     numbers, error = torch.randint(24, (7, 6)), torch.randn(7, 83)
     single, exact = ([t.to(kind).requires_grad_() for t in floats] for kind in (torch.float32, torch.float64))
-    mine = retrieved(*single[:3], numbers, single[3], torch.tanh)
+    mine = retrieved(single[0], single[1], single[2], numbers, single[3], torch.tanh)
     units = exact[3] * torch.tanh((exact[0][:, None] * exact[1][numbers]).sum(2))
     right = (units[:, :, None] * exact[2][numbers]).sum(1)
     pairs = zip((mine, right), (single, exact), strict=True)
